@@ -1,0 +1,1 @@
+"""Checkpoint tools: read safetensors headers, check scales, convert."""

@@ -1,0 +1,147 @@
+"""Block-scaled GEMM: out [M, N] = dequantized a [M, K] @ dequantized w [N, K]^T (* c, + bias).
+
+a    [M, K] e4m3 with a_s [M, ceil(K / GRAN_K)] uint8 or float32; or bf16/fp16/fp32, a_s None
+w    [N, K] e4m3 with sf [ceil(N / GRAN_N), ceil(K / GRAN_K)] uint8 or float32
+c    [ceil(N / GRAN_N)] float32 or None;  bias [N] or None;  out [M, N] bf16/fp16/fp32
+All row-major with unit stride along the last dimension. GRAN_K is a power of two from 32; GRAN_N
+is any, a power of two from 16 is fastest. K and N may end inside a group.
+
+acc += dot(a, w) * scale, in float32, for one scale group of K at a time (`multiply`, shared with
+grouped_gemm). Two byte scales are exact for every pair of bytes; products with a float32 scale
+multiply the two scales first. NaN in a row of a stays in its row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .ue8m0 import decode, dot, round_to, split, split_swap, to_float
+
+
+@triton.jit
+def _outer(row, column, UNIFORM: tl.constexpr):
+    """[BLOCK_M] by a scalar (UNIFORM) or [BLOCK_N] -> a factor that broadcasts over the tile."""
+    if UNIFORM:
+        return (row * column)[:, None]
+    else:
+        return row[:, None] * column[None, :]
+
+
+@triton.jit
+def multiply(
+    a, a_s, w, sf, rows, first_column, N, K, stride_am, stride_asm, stride_wn, stride_sn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GRAN_N: tl.constexpr, GRAN_K: tl.constexpr, EVEN_K: tl.constexpr, QUANTIZED: tl.constexpr,
+):  # fmt: skip
+    """float32 tile of a[rows] @ w[first_column:]^T; rows int64, all valid, may repeat."""
+    # Where a tile lies in one row of the scale grid, its scale is a scalar.
+    UNIFORM: tl.constexpr = GRAN_N % BLOCK_N == 0
+    # Columns past the end read the last one: their products are not stored.
+    columns = tl.minimum(first_column + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    a_tile = a + rows[:, None] * stride_am + k[None, :]  # [BLOCK_M, BLOCK_K]
+    w_tile = w + columns[None, :] * stride_wn + k[:, None]  # [BLOCK_K, BLOCK_N]
+    if UNIFORM:
+        sf_row = sf + (first_column // GRAN_N).to(tl.int64) * stride_sn
+    else:
+        sf_row = sf + columns // GRAN_N * stride_sn
+    if QUANTIZED:
+        a_s_row = a_s + rows * stride_asm
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a_block, w_block = tl.load(a_tile), tl.load(w_tile)
+        else:
+            used = k < K - start
+            a_block = tl.load(a_tile, mask=used[None, :], other=0.0)
+            w_block = tl.load(w_tile, mask=used[:, None], other=0.0)
+        product = dot(a_block, w_block)
+        w_scale = tl.load(sf_row + start // GRAN_K)
+        if QUANTIZED:
+            a_scale = tl.load(a_s_row + start // GRAN_K)
+            if a_scale.dtype == tl.uint8 and w_scale.dtype == tl.uint8:
+                a_first, a_second = split(a_scale)
+                w_first, w_second = split_swap(w_scale)
+                product *= _outer(a_first, w_first, UNIFORM)
+                acc += product * _outer(a_second, w_second, UNIFORM)
+            else:
+                acc += product * _outer(decode(a_scale), decode(w_scale), UNIFORM)
+        elif UNIFORM:
+            acc += product * decode(w_scale)
+        else:
+            acc += product * decode(w_scale)[None, :]
+        a_tile += BLOCK_K
+        w_tile += BLOCK_K
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def _gemm_kernel(
+    a, a_s, w, sf, c, bias, out,
+    M, N, K, stride_am, stride_asm, stride_wn, stride_sn, stride_om,
+    GRAN_N: tl.constexpr, GRAN_K: tl.constexpr, HAS_C: tl.constexpr, HAS_BIAS: tl.constexpr,
+    QUANTIZED: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    # Tiles in bands of GROUP_M tile rows: programs that run together share operands in L2.
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    band, within = tl.program_id(0) // (GROUP_M * tiles_n), tl.program_id(0) % (GROUP_M * tiles_n)
+    height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
+    row_tile, column_tile = band * GROUP_M + within % height, within // height
+
+    first_column = column_tile * BLOCK_N
+    rows = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    acc = multiply(
+        a, a_s, w, sf, tl.minimum(rows, M - 1), first_column, N, K,
+        stride_am, stride_asm, stride_wn, stride_sn,
+        BLOCK_M, BLOCK_N, BLOCK_K, GRAN_N, GRAN_K, EVEN_K, QUANTIZED,
+    )  # fmt: skip
+    columns = first_column + tl.arange(0, BLOCK_N)
+    inside = columns < N
+    if HAS_C:
+        acc *= tl.load(c + columns // GRAN_N, mask=inside, other=0.0)[None, :]
+    if HAS_BIAS:
+        acc += to_float(tl.load(bias + columns, mask=inside, other=0.0))[None, :]
+    target = out + rows[:, None] * stride_om + columns[None, :]
+    mask = (rows < M)[:, None] & inside[None, :]
+    tl.store(target, round_to(acc, out.dtype.element_ty), mask=mask)
+
+
+def tile_config(rows: int, dtype: torch.dtype, gran: tuple[int, int]) -> dict[str, int]:
+    """Tile sizes, warps and stages for about `rows` rows of a in `dtype`."""
+    if dtype == torch.float32:  # multiplied without tensor cores
+        m, n, k, warps, stages = 16 if rows <= 16 else 32, 64, 32, 4, 2
+    elif rows <= 16:
+        m, n, k, warps, stages = 16, 64, 128, 4, 4
+    elif rows <= 32:
+        m, n, k, warps, stages = 32, 64, 128, 4, 4
+    elif rows <= 64:
+        m, n, k, warps, stages = 64, 128, 128, 4, 3
+    else:
+        m, n, k, warps, stages = 128, 128, 128, 8, 3
+    if dtype.itemsize == 2:
+        k = 64
+    # A tile inside one scale row is cheaper than a narrower one, down to the narrowest dot.
+    if gran[0] < n and gran[0] >= 16 and gran[0] & (gran[0] - 1) == 0:
+        n = gran[0]
+    return {
+        "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": min(k, gran[1]),
+        "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
+def launch(
+    a: torch.Tensor, a_s: torch.Tensor | None, w: torch.Tensor, sf: torch.Tensor,
+    c: torch.Tensor | None, bias: torch.Tensor | None, gran: tuple[int, int], out: torch.Tensor,
+) -> None:  # fmt: skip
+    (M, K), N = a.shape, w.shape[0]
+    config = tile_config(M, a.dtype, gran)
+    grid = (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)
+    # The row stride of a single row is arbitrary and must not select another compilation.
+    _gemm_kernel[grid](
+        a, a_s, w, sf, c, bias, out, M, N, K,
+        a.stride(0) if M > 1 else K, 0 if a_s is None else sf.shape[1], w.stride(0), sf.stride(0),
+        out.stride(0),
+        GRAN_N=gran[0], GRAN_K=gran[1], HAS_C=c is not None, HAS_BIAS=bias is not None,
+        QUANTIZED=a_s is not None, EVEN_K=K % config["BLOCK_K"] == 0, GROUP_M=8, **config,
+    )  # fmt: skip

@@ -1,0 +1,114 @@
+"""Grouped GEMM for routed experts, and the sum over a token's slots.
+
+A slot is a (token, k) pair, numbered token * topk + k; `order` lists the slots by expert (slots
+to skip last), and "sorted" rows follow it. A tile is BLOCK_M sorted rows of one expert, given on
+the device: tile_expert [T], tile_start [T] (its first sorted row), ends [E] (one past each
+expert's last sorted row). T is a bound: tiles with expert E do nothing, so the host needs no
+counts.
+
+gate_up   a [tokens, K] gathered through order  -> out [slots, N], sorted rows
+down      a [slots, K] sorted rows              -> out [slots, N], slot rows, times slot_weights
+combine   out [tokens, N] = sum over k of slots [tokens * topk, N], skipping ids outside [0, E)
+
+Operands and accumulation as in gemm.py, with w [E, N, K], sf [E, .., ..] and c [E, ..]. A product
+is weighted in float32 and rounded once; slots are summed in float32 in order and rounded once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .gemm import multiply
+from .ue8m0 import round_to, to_float
+
+
+@triton.jit
+def _grouped_gemm_kernel(
+    a, a_s, w, sf, c, out, order, slot_weights, tile_expert, tile_start, ends,
+    N, K, stride_am, stride_asm, stride_we, stride_wn, stride_se, stride_sn, stride_ce,
+    num_experts, topk,
+    GRAN_N: tl.constexpr, GRAN_K: tl.constexpr, HAS_C: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    GATHER: tl.constexpr, QUANTIZED: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    expert = tl.load(tile_expert + tl.program_id(0)).to(tl.int64)
+    if expert >= num_experts:
+        return
+    first_column = tl.program_id(1) * BLOCK_N
+    end = tl.load(ends + expert)
+    row = tl.load(tile_start + tl.program_id(0)) + tl.arange(0, BLOCK_M)
+    used = row < end
+    # Rows past the end repeat the expert's last one: their products are not stored.
+    row = tl.minimum(row, end - 1).to(tl.int64)
+    slot = tl.load(order + row).to(tl.int64)
+    if GATHER:
+        source, target = slot // topk, row
+    else:
+        source, target = row, slot
+    acc = multiply(
+        a, a_s, w + expert * stride_we, sf + expert * stride_se, source, first_column, N, K,
+        stride_am, stride_asm, stride_wn, stride_sn,
+        BLOCK_M, BLOCK_N, BLOCK_K, GRAN_N, GRAN_K, EVEN_K, QUANTIZED,
+    )  # fmt: skip
+    columns = first_column + tl.arange(0, BLOCK_N)
+    inside = columns < N
+    if HAS_C:
+        factor = tl.load(c + expert * stride_ce + columns // GRAN_N, mask=inside, other=0.0)
+        acc *= factor[None, :]
+    if HAS_WEIGHTS:
+        acc *= to_float(tl.load(slot_weights + slot))[:, None]
+    mask = used[:, None] & inside[None, :]
+    value = round_to(acc, out.dtype.element_ty)
+    tl.store(out + target[:, None] * N + columns[None, :], value, mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _combine_kernel(
+    slots, topk_ids, out, M, N, num_experts, topk,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (row < M)[:, None] & (column < N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(topk):
+        slot = row * topk + k
+        expert = tl.load(topk_ids + slot, mask=row < M, other=-1)
+        used = (expert >= 0) & (expert < num_experts)
+        # A skipped slot was never written.
+        source = slots + slot[:, None] * N + column[None, :]
+        acc += to_float(tl.load(source, mask=mask & used[:, None], other=0.0))
+    target = out + row[:, None] * N + column[None, :]
+    tl.store(target, round_to(acc, out.dtype.element_ty), mask=mask)
+
+
+def launch(
+    a: torch.Tensor, a_s: torch.Tensor | None, w: torch.Tensor, sf: torch.Tensor,
+    c: torch.Tensor | None, gran: tuple[int, int], order: torch.Tensor,
+    slot_weights: torch.Tensor | None, tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    topk: int, gather: bool, config: dict[str, int], out: torch.Tensor,
+) -> None:  # fmt: skip
+    """tiles = (tile_expert, tile_start, ends), for the BLOCK_M of config."""
+    (E, N, K), (tile_expert, tile_start, ends) = w.shape, tiles
+    grid = (tile_expert.shape[0], triton.cdiv(N, config["BLOCK_N"]))
+    _grouped_gemm_kernel[grid](
+        a, a_s, w, sf, c, out, order, slot_weights, tile_expert, tile_start, ends, N, K,
+        a.stride(0) if a.shape[0] > 1 else K, 0 if a_s is None else sf.shape[2],
+        w.stride(0), w.stride(1), sf.stride(0), sf.stride(1), 0 if c is None else c.stride(0),
+        E, topk,
+        GRAN_N=gran[0], GRAN_K=gran[1], HAS_C=c is not None,
+        HAS_WEIGHTS=slot_weights is not None, GATHER=gather, QUANTIZED=a_s is not None,
+        EVEN_K=K % config["BLOCK_K"] == 0, **config,
+    )  # fmt: skip
+
+
+def combine(
+    slots: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, out: torch.Tensor
+) -> None:
+    """Sum slots [M * topk, N] over each token's valid topk_ids [M, topk] into out [M, N]."""
+    (M, N), topk = out.shape, topk_ids.shape[1]
+    block_m, block_n = 4, 512
+    _combine_kernel[(triton.cdiv(M, block_m), triton.cdiv(N, block_n))](
+        slots, topk_ids, out, M, N, num_experts, topk,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+    )  # fmt: skip

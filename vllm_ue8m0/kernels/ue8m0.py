@@ -1,0 +1,153 @@
+"""Device helpers: UE8M0 scales, e4m3 codes and roundings, each defined once for every kernel.
+
+quant_exponent     float32 amax bits -> byte of the smallest 2^k with amax / 2^k <= 448
+decode             scale bytes -> float32, all 256 codes exactly (0 -> 2^-127, 255 -> NaN)
+split, split_swap  scale bytes -> two factors of about half the exponent each
+quantize           float32 [ROWS, GROUP] -> e4m3 code bytes, one scale per row
+to_float, encode_e4m3, round_to, dot     conversions and the tile product
+
+Triton's interpreter holds bf16 and e4m3 as raw integers (triton-lang/triton#4972): its tl.dot
+multiplies bf16 bit patterns, its conversions to bf16 and e4m3 do not round to nearest even, and
+it reads e4m3's NaN as 480. The last four helpers therefore go through integer arithmetic there,
+and are the native instruction on a GPU.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+E4M3_NAN = tl.constexpr(0x7F)
+SF_NAN = tl.constexpr(255)
+
+
+@triton.jit
+def quant_exponent(amax_bits, FLOOR: tl.constexpr):
+    """Bits of a non-negative float32 -> int32 byte, at least FLOOR; Inf and NaN give 255.
+
+    448 = 1.75 * 2^8: adding 0x1FFFFF carries into the exponent exactly when the mantissa exceeds
+    0x600000, so no division and no logarithm is rounded on the way.
+    """
+    code = tl.maximum(((amax_bits + 0x1FFFFF) >> 23) - 8, FLOOR)
+    return tl.where(amax_bits >= 0x7F800000, SF_NAN, code)
+
+
+@triton.jit
+def pow2(exponent):
+    """2^exponent in float32 for -126 <= exponent <= 127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def decode(scale):
+    """uint8 scale bytes -> float32, exact; float32 scales pass through."""
+    if scale.dtype == tl.uint8:
+        code = scale.to(tl.int32)
+        bits = tl.where(code == 0, 0x400000, code << 23)  # 2^-127 is a float32 subnormal
+        scale = tl.where(code == SF_NAN, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def split(code):
+    """Scale bytes -> (x, y), x * y = 2^(code - 127), exponents at most one apart; NaN for 255.
+
+    The product of two scales has exponents in [-254, 254], beyond float32, where a product of
+    codes times both scales may well be representable. With one operand through `split` and the
+    other through `split_swap`, the products of the first and of the second factors stay within
+    2^+-127 and have exponents of one sign, so (p * first) * second leaves float32's normal range
+    only if the result does.
+    """
+    exponent = code.to(tl.int32) - 127
+    low = exponent >> 1
+    return tl.where(exponent == 128, float("nan"), pow2(low)), pow2(exponent - low)
+
+
+@triton.jit
+def split_swap(code):
+    low, high = split(code)
+    return high, low
+
+
+@triton.jit
+def to_float(x):
+    """Any float element type -> float32, exact."""
+    if INTERPRET:
+        if x.dtype == tl.bfloat16:
+            bits = x.to(tl.uint16, bitcast=True).to(tl.int32) << 16
+            return bits.to(tl.float32, bitcast=True)
+        elif x.dtype == tl.float8e4nv:
+            code = x.to(tl.uint8, bitcast=True).to(tl.int32)
+            # Exponent and mantissa moved up are a float32 with an exponent 120 too small.
+            value = ((code & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+            value = tl.where((code & 0x7F) == E4M3_NAN, float("nan"), value)
+            return tl.where(code >= 0x80, -value, value)
+        else:
+            return x.to(tl.float32)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def encode_e4m3(x):
+    """float32 -> e4m3 code bytes: nearest even, saturating at 448; NaN -> 0x7F."""
+    if INTERPRET:
+        bits = x.to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+        # Below 2^-6 codes are multiples of 2^-9, the spacing of float32 at 2^14.
+        subnormal = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+        code = tl.minimum(tl.where(magnitude < 0x3C800000, subnormal, normal), 0x7E)
+        code = code | ((bits >> 24) & 0x80)
+        return tl.where(magnitude > 0x7F800000, E4M3_NAN, code).to(tl.uint8)
+    else:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """float32 -> dtype, nearest even."""
+    if INTERPRET:
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
+            return rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        else:
+            return x.to(dtype)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def dot(a, w):
+    """a [M, K] times e4m3 w [K, N] -> float32 [M, N]; e4m3 is exact in every type of a.
+
+    Without an accumulator argument: Hopper's fp8 accumulator keeps about 14 bits, so the caller
+    adds the product of one scale group at a time in float32.
+    """
+    if INTERPRET:
+        return tl.dot(to_float(a), to_float(w), input_precision="ieee")
+    elif a.dtype == tl.float8e4nv:
+        return tl.dot(a, w)
+    else:
+        return tl.dot(a, w.to(a.dtype), input_precision="ieee")
+
+
+@triton.jit
+def quantize(x, UE8M0: tl.constexpr, FLOOR: tl.constexpr):
+    """float32 x [ROWS, GROUP] -> (code bytes [ROWS, GROUP], scales [ROWS]).
+
+    UE8M0: bytes, and x times an exact power of two is rounded once. Otherwise float32
+    max(amax, 1e-4) / 448 and codes of x / scale, both divisions correctly rounded.
+    """
+    # The order of the bits is the order of the magnitudes, with NaN above Inf, which a float
+    # maximum would drop.
+    amax = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    if UE8M0:
+        sf = quant_exponent(amax, FLOOR)
+        inverse = tl.where(sf == SF_NAN, float("nan"), pow2(127 - sf))
+        return encode_e4m3(x * inverse[:, None]), sf.to(tl.uint8)
+    else:
+        amax = tl.maximum(amax, 0x38D1B717).to(tl.float32, bitcast=True)  # float32(1e-4)
+        scale = tl.math.div_rn(amax, 448.0)
+        return encode_e4m3(tl.math.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))), scale

@@ -1,0 +1,99 @@
+"""The only module that imports vLLM, and the one place for what differs between its releases.
+
+Tested range: 0.26 to 0.33. Names that pull in model code are resolved on first use, so that
+registering the method costs milliseconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import vllm
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+TESTED = ((0, 26), (0, 33))
+
+_LAYERS = "vllm.model_executor.layers"
+_LAZY = {
+    "LinearBase": f"{_LAYERS}.linear",
+    "LinearMethodBase": f"{_LAYERS}.linear",
+    "UnquantizedLinearMethod": f"{_LAYERS}.linear",
+    "register_weight_loader_v2_supported_method": f"{_LAYERS}.linear",
+    "BlockQuantScaleParameter": "vllm.model_executor.parameter",
+    "ModelWeightParameter": "vllm.model_executor.parameter",
+    "set_weight_attrs": "vllm.model_executor.utils",
+    "is_layer_skipped": f"{_LAYERS}.quantization.utils.quant_utils",
+    "RoutedExperts": f"{_LAYERS}.fused_moe",
+    "FusedMoEMethodBase": f"{_LAYERS}.fused_moe",
+    "UnquantizedFusedMoEMethod": f"{_LAYERS}.fused_moe.unquantized_fused_moe_method",
+    "FusedMoeWeightScaleSupported": f"{_LAYERS}.fused_moe.routed_experts",
+    "FusedMoEExpertsModular": f"{_LAYERS}.fused_moe.modular_kernel",
+    "FusedMoEActivationFormat": f"{_LAYERS}.fused_moe.modular_kernel",
+    "FusedMoEKernel": f"{_LAYERS}.fused_moe.modular_kernel",
+    "FusedMoEQuantConfig": f"{_LAYERS}.fused_moe.config",
+    "MoEActivation": f"{_LAYERS}.fused_moe.activation",
+    "fp8_w8a16_moe_quant_config": f"{_LAYERS}.fused_moe.config",
+    "TopKWeightAndReduceNoOP": f"{_LAYERS}.fused_moe.topk_weight_and_reduce",
+}
+__all__ = [
+    "QuantizationConfig",
+    "current_config",
+    "init_logger",
+    "make_prepare_finalize",
+    "register_quantization_config",
+    "replace_parameter",
+    "version_warning",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def version_warning(version: str = vllm.__version__) -> str | None:
+    """What to tell a user whose vLLM is outside the tested range, or None."""
+    try:
+        major, minor = (int(part) for part in version.split(".")[:2])
+    except ValueError:
+        return None  # a development build
+    if TESTED[0] <= (major, minor) <= TESTED[1]:
+        return None
+    low, high = (".".join(map(str, bound)) for bound in TESTED)
+    return (
+        f"vllm_ue8m0 was tested with vLLM {low} to {high}; this is {version}. It may work; if it "
+        f"does not, install a tested release: pip install 'vllm>={low},<{TESTED[1][0]}."
+        f"{TESTED[1][1] + 1}'"
+    )
+
+
+def current_config() -> Any:
+    """The VllmConfig that the model is being built for, or None outside vLLM."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    return get_current_vllm_config_or_none()
+
+
+def replace_parameter(layer: Any, name: str, tensor: Any) -> None:
+    """Swap a parameter's data, keeping its loader: 0.26 and 0.33 name the argument differently."""
+    from vllm.model_executor.utils import replace_parameter as replace
+
+    replace(layer, name, tensor)
+
+
+def make_prepare_finalize(moe: Any, quant_config: Any, layer: Any) -> Any:
+    """How tokens reach the experts and come back, from the keywords that 0.26 and 0.33 share."""
+    from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
+
+    return maybe_make_prepare_finalize(
+        moe=moe,
+        quant_config=quant_config,
+        routing_tables=layer._expert_routing_tables(),
+        allow_new_interface=True,
+        use_monolithic=False,
+    )

@@ -1,0 +1,195 @@
+"""The portable backend: Triton kernels for sm_89 and newer, also run by Triton's CPU interpreter.
+
+Same operators, signatures and results as `reference`; this module allocates outputs, routes, and
+launches. Nothing here waits for the device: `experts` can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .formats import SF_FLOOR
+from .kernels import act_quant as act_quant_kernel
+from .kernels import gemm as gemm_kernel
+from .kernels import grouped_gemm as grouped_gemm_kernel
+from .kernels import silu_mul_quant as silu_mul_quant_kernel
+from .kernels import weight_dequant as weight_dequant_kernel
+from .layouts import ceil_div
+
+E4M3 = torch.float8_e4m3fn
+
+
+def act_quant(
+    x: torch.Tensor, group: int = 128, ue8m0: bool = False, floor: int = SF_FLOOR
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize groups along the last dimension; see reference.act_quant."""
+    K = x.shape[-1]
+    q, s = _empty_quantized(x.shape[:-1], K, group, ue8m0, x.device)
+    if q.numel():
+        rows = _unit_stride(x.reshape(-1, K))
+        act_quant_kernel.launch(rows, q.view(-1, K), s.view(-1, s.shape[-1]), group, floor)
+    return q, s
+
+
+def weight_dequant(
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    gran: Sequence[int] = (128, 128),
+    c: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """w * scale (* c) in float32, rounded once to out_dtype; any leading dimensions."""
+    out = torch.empty(w.shape, dtype=out_dtype, device=w.device)
+    if out.numel():
+        N, K = w.shape[-2:]
+        scales = _scale(sf).contiguous()
+        weight_dequant_kernel.launch(
+            _unit_stride(w.reshape(-1, N, K)), scales.view(-1, *scales.shape[-2:]),
+            None if c is None else c.contiguous(), tuple(gran), out.view(-1, N, K),
+        )  # fmt: skip
+    return out
+
+
+def gemm(
+    a: torch.Tensor,
+    a_s: torch.Tensor | None,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: Sequence[int],
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """a [M, K] times w [N, K]^T; a_s None: a is not quantized (bf16, fp16 or fp32)."""
+    out = torch.empty(a.shape[0], w.shape[0], dtype=out_dtype, device=a.device)
+    if out.numel():
+        gemm_kernel.launch(
+            _unit_stride(a), None if a_s is None else _scale(a_s).contiguous(),
+            _unit_stride(w), _unit_stride(_scale(sf)), c, bias, tuple(gran), out,
+        )  # fmt: skip
+    return out
+
+
+def linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: Sequence[int],
+    activation_scale: str,
+) -> torch.Tensor:
+    """Quantize x [M, K] as activation_scale says, times w^T -> [M, N] in x's dtype."""
+    a, a_s = _quantize(x, gran[1], activation_scale)
+    return gemm(a, a_s, w, sf, c, bias, gran, x.dtype)
+
+
+def experts(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    sf13: torch.Tensor,
+    c13: torch.Tensor | None,
+    w2: torch.Tensor,
+    sf2: torch.Tensor,
+    c2: torch.Tensor | None,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    gran13: Sequence[int],
+    gran2: Sequence[int],
+    activation_scale: str,
+    weight_on_input: bool,
+) -> torch.Tensor:
+    """Routed experts; see reference.experts. Ids outside [0, E) are skipped."""
+    (M, topk), E = topk_ids.shape, w13.shape[0]
+    slots, out = M * topk, torch.empty_like(x, memory_format=torch.contiguous_format)
+    if slots == 0:
+        return out.zero_()
+    weights = topk_weights.reshape(-1)
+    source = x * topk_weights.to(x.dtype) if weight_on_input else x
+    a, a_s = _quantize(source, gran13[1], activation_scale)
+
+    # Both products use one routing, so one tile height: that of the average expert's rows.
+    rows = ceil_div(slots, E)
+    config13 = gemm_kernel.tile_config(rows, a.dtype, tuple(gran13))
+    config2 = gemm_kernel.tile_config(rows, a.dtype, tuple(gran2))
+    order, tiles = _route(topk_ids, E, config13["BLOCK_M"])
+
+    gate_up = torch.empty(slots, w13.shape[1], dtype=x.dtype, device=x.device)
+    grouped_gemm_kernel.launch(
+        a, a_s, _unit_stride(w13), _unit_stride(_scale(sf13)), c13, tuple(gran13), order, None,
+        tiles, topk, True, config13, gate_up,
+    )  # fmt: skip
+    hidden, hidden_s = _silu_mul(gate_up, gran2[1], activation_scale)
+    products = torch.empty(slots, w2.shape[1], dtype=x.dtype, device=x.device)
+    grouped_gemm_kernel.launch(
+        hidden, hidden_s, _unit_stride(w2), _unit_stride(_scale(sf2)), c2, tuple(gran2), order,
+        None if weight_on_input else weights, tiles, topk, False, config2, products,
+    )  # fmt: skip
+    grouped_gemm_kernel.combine(products, topk_ids.contiguous(), E, out)
+    return out
+
+
+def _route(
+    topk_ids: torch.Tensor, num_experts: int, block_m: int
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Slots by expert, and tiles of block_m of them: what grouped_gemm.py's docstring names."""
+    ids = topk_ids.reshape(-1).to(torch.int64)
+    experts = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    order = torch.sort(experts, stable=True).indices
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    counts.scatter_add_(0, experts, torch.ones_like(experts))
+    counts = counts[:num_experts]
+    ends, tiles = counts.cumsum(0), (counts + block_m - 1) // block_m
+    tile_ends = tiles.cumsum(0)
+    slots = ids.numel()
+    # Every expert with rows has at most one tile that is not full.
+    bound = min(slots, (slots + num_experts * (block_m - 1)) // block_m)
+    tile = torch.arange(bound, device=ids.device)
+    tile_expert = torch.searchsorted(tile_ends, tile, right=True)
+    e = tile_expert.clamp(max=num_experts - 1)
+    tile_start = (ends - counts)[e] + (tile - (tile_ends - tiles)[e]) * block_m
+    return order, (tile_expert, tile_start, ends)
+
+
+def _quantize(
+    x: torch.Tensor, group: int, activation_scale: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if activation_scale == "none":
+        return _unit_stride(x), None
+    return act_quant(x, group, activation_scale == "ue8m0")
+
+
+def _silu_mul(
+    gate_up: torch.Tensor, group: int, activation_scale: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """silu(gate) * up of [M, 2 I], quantized as activation_scale says."""
+    M, columns = gate_up.shape[0], gate_up.shape[1] // 2
+    if activation_scale == "none":
+        out, s = gate_up.new_empty(M, columns), None
+    else:
+        ue8m0 = activation_scale == "ue8m0"
+        out, s = _empty_quantized((M,), columns, group, ue8m0, gate_up.device)
+    if out.numel():
+        silu_mul_quant_kernel.launch(gate_up, out, s, group, SF_FLOOR)
+    return out, s
+
+
+def _empty_quantized(
+    leading: Sequence[int], K: int, group: int, ue8m0: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scale_dtype = torch.uint8 if ue8m0 else torch.float32
+    q = torch.empty(*leading, K, dtype=E4M3, device=device)
+    return q, torch.empty(*leading, ceil_div(K, group), dtype=scale_dtype, device=device)
+
+
+def _scale(scale: torch.Tensor) -> torch.Tensor:
+    """The dtypes that kernels take: uint8 or float32."""
+    if scale.dtype == torch.float8_e8m0fnu:
+        return scale.view(torch.uint8)
+    return scale if scale.dtype == torch.uint8 else scale.to(torch.float32)
+
+
+def _unit_stride(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
