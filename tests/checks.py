@@ -1,0 +1,57 @@
+"""Comparisons and operands shared by the tests."""
+
+import numpy as np
+import torch
+
+E4M3 = torch.float8_e4m3fn
+
+
+def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Equal shape, dtype and bits, any NaN equal to any other."""
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    x, y = x.cpu(), y.cpu()
+    if x.dtype.itemsize == 1:
+        return torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+    if not x.is_floating_point():
+        return torch.equal(x, y)
+    bits = torch.int16 if x.dtype.itemsize == 2 else torch.int32
+    equal = (x.view(bits) == y.view(bits)) | (x.isnan() & y.isnan())
+    return bool(equal.all())
+
+
+def calc_diff(x: np.ndarray, y: np.ndarray) -> float:
+    """1 - 2 <x, y> / (<x, x> + <y, y>), as DeepGEMM's tests measure it."""
+    return float(1 - 2 * (x * y).sum() / ((x * x).sum() + (y * y).sum()))
+
+
+def assert_product(out: torch.Tensor, a: np.ndarray, w: np.ndarray, epilogue=None) -> None:
+    """out against the float64 product of a [M, K] and w [N, K].
+
+    2^-8 |ref| covers the rounding of a bf16 result. Hopper's fp8 accumulator keeps about 14 bits
+    between float32 promotions: 2e-3 sum |a| |b| bounds that. `epilogue` (scale, offset), each
+    broadcasting over [M, N], is applied to the product.
+    """
+    scale, offset = epilogue or (1.0, 0.0)
+    ref = a @ w.T * scale + offset
+    bound = np.abs(ref) * 2**-8 + np.abs(a) @ np.abs(w).T * np.abs(scale) * 2e-3
+    got = out.to(torch.float64).cpu().numpy()
+    assert got.shape == ref.shape
+    assert np.isfinite(got).all()
+    assert np.abs(ref).max() > 0  # a comparison of zeros would prove nothing
+    assert calc_diff(got, ref) < 5e-6
+    worst = (np.abs(got - ref) - bound).max()
+    assert worst <= 0, f"{worst=}"
+
+
+def random_codes(*shape: int, device: str) -> torch.Tensor:
+    """e4m3 codes of a normal distribution that uses most of the range."""
+    return (torch.randn(*shape, device=device) * 100).clamp(-448, 448).to(E4M3)
+
+
+def random_scale(*shape: int, dtype: torch.dtype, device: str, spread: int = 4) -> torch.Tensor:
+    """uint8 bytes within 2^+-spread, or float32 in about the same range."""
+    exponent = torch.randint(-spread, spread + 1, shape, device=device)
+    if dtype == torch.uint8:
+        return (exponent + 127).to(torch.uint8)
+    return torch.ldexp(torch.rand(*shape, device=device) + 0.5, exponent)
