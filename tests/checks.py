@@ -55,3 +55,22 @@ def random_scale(*shape: int, dtype: torch.dtype, device: str, spread: int = 4) 
     if dtype == torch.uint8:
         return (exponent + 127).to(torch.uint8)
     return torch.ldexp(torch.rand(*shape, device=device) + 0.5, exponent)
+
+
+def expert_operands(
+    M, topk, device, E=4, H=192, inner=160, dtype=torch.bfloat16, gran=(128, 128),
+    w_dtype=torch.uint8,
+):  # fmt: skip
+    """Arguments of experts up to gran2; topk different experts for each token."""
+
+    def weight(N, K):
+        grid = -(-N // gran[0]), -(-K // gran[1])
+        sf = random_scale(E, *grid, dtype=w_dtype, device=device, spread=1)
+        sf = sf - 8 if w_dtype == torch.uint8 else sf / 256
+        return random_codes(E, N, K, device=device), sf
+
+    w13, sf13 = weight(2 * inner, H)
+    w2, sf2 = weight(H, inner)
+    x = torch.randn(M, H, device=device).to(dtype)
+    ids = torch.rand(M, E, device=device).argsort(1)[:, :topk].contiguous()
+    return [x, w13, sf13, None, w2, sf2, None, torch.rand(M, topk, device=device), ids, gran, gran]

@@ -44,7 +44,7 @@ def e4m3_value(code: int) -> float:
         magnitude = Fraction(mantissa, 8) * Fraction(2) ** -6
     else:
         magnitude = (1 + Fraction(mantissa, 8)) * Fraction(2) ** (exponent - 7)
-    return float(-magnitude) if sign else float(magnitude)
+    return -float(magnitude) if sign else float(magnitude)  # 0x80 is -0.0
 
 
 E4M3 = np.array([e4m3_value(code) for code in range(256)])

@@ -12,6 +12,7 @@ from vllm_ue8m0.codec import (
     convert_scale_from_ue8m0,
     convert_scale_to_ue8m0,
     exact_ue8m0,
+    factor_scales,
     quant_exponent,
     scale_to_float,
 )
@@ -63,11 +64,11 @@ def test_encode_takes_any_shape_stride_and_float_dtype():
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
-def test_decode_every_code(dtype):
-    codes = torch.arange(256, dtype=torch.uint8)
+def test_decode_every_code(dtype, device):
+    codes = torch.arange(256, dtype=torch.uint8, device=device)
     decoded = convert_scale_from_ue8m0(codes.view(dtype))
     assert decoded.dtype == torch.float32
-    np.testing.assert_array_equal(decoded.double().numpy(), golden.UE8M0)
+    np.testing.assert_array_equal(decoded.double().cpu().numpy(), golden.UE8M0)
     assert torch.equal(convert_scale_to_ue8m0(decoded), codes)
 
 
@@ -87,18 +88,18 @@ def test_quant_exponent_golden(amax, byte):
 
 
 @pytest.mark.parametrize("floor", [0, 85, 94, 105])
-def test_quant_exponent_every_bfloat16(floor):
-    amax = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16).float()
+def test_quant_exponent_every_bfloat16(floor, device):
+    amax = torch.arange(0x7F80, dtype=torch.int16, device=device).view(torch.bfloat16).float()
     assert amax.numel() == 32640
     wanted = [golden.quant_byte(a, floor) for a in amax.tolist()]
     assert quant_exponent(amax, floor).tolist() == wanted
 
 
-def test_quant_exponent_float32_around_every_boundary():
+def test_quant_exponent_float32_around_every_boundary(device):
     values = [v for k in range(-149, 119) for v in neighbors(448 * 2.0**k, 8)]
     values += neighbors(float(np.finfo(np.float32).max), 8)
     wanted = [golden.quant_byte(v, 0) for v in values]
-    assert quant_exponent(torch.tensor(values), 0).tolist() == wanted
+    assert quant_exponent(torch.tensor(values, device=device), 0).tolist() == wanted
 
 
 def test_exact_classifies():
@@ -129,10 +130,16 @@ def test_exact_ignores_entries_that_are_not_valid():
 
 
 def test_exact_reproduces_every_scale():
-    c = torch.tensor(1.0 + 2.0**-23)
     exponent = torch.arange(-126, 128)
-    result = exact_ue8m0(torch.ldexp(c, exponent))
+    scale = torch.ldexp(torch.full((254,), 1.0 + 2.0**-23), exponent)
+    result = exact_ue8m0(scale)
     assert result.kind is ScaleClass.FACTORED
-    assert torch.equal(
-        convert_scale_from_ue8m0(result.sf) * result.c, torch.ldexp(c, exponent)
-    )
+    assert torch.equal(convert_scale_from_ue8m0(result.sf) * result.c, scale)
+
+
+def test_factor_scales_decides_each_row():
+    scale = torch.tensor([[1.0, 4.0], [1.0, 1.5], [1.75, 3.5], [1.0, 0.0]])
+    sf, c, exact = factor_scales(scale)
+    assert exact.tolist() == [True, False, True, False]
+    assert sf[[0, 2]].tolist() == [[127, 129], [127, 128]]
+    assert c[[0, 2]].tolist() == [1.0, 1.75]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from . import __version__
+from .checkpoint.shards import CheckpointError
 from .formats import ConfigError
 
 Options = argparse.Namespace
@@ -71,8 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (text, add_arguments, _) in VERBS.items():
         add_arguments(verbs.add_parser(name, help=text, description=text))
     options = parser.parse_args(arguments)
-    from .checkpoint.shards import CheckpointError
-
     try:
         VERBS[options.verb][2](options)
     except (ConfigError, CheckpointError, OSError) as error:

@@ -39,9 +39,7 @@ _SCHEMAS = {
 def _fake_act_quant(x: torch.Tensor, group: int, ue8m0: bool) -> tuple[torch.Tensor, torch.Tensor]:
     groups = ceil_div(x.shape[-1], group)
     scale_dtype = torch.uint8 if ue8m0 else torch.float32
-    return x.new_empty(x.shape, dtype=E4M3), x.new_empty(
-        (*x.shape[:-1], groups), dtype=scale_dtype
-    )
+    return x.new_empty(x.shape, dtype=E4M3), x.new_empty((*x.shape[:-1], groups), dtype=scale_dtype)
 
 
 def _fake_weight_dequant(
@@ -81,12 +79,12 @@ def _register(name: str) -> None:
     _LIBRARY.define(name + _SCHEMAS[name])
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
-    torch.library.register_fake(f"vllm_ue8m0::{name}", _FAKES[name], lib=_LIBRARY)
+    torch.library.register_fake(f"vllm_ue8m0::{name}", _FAKES[name], lib=_LIBRARY)  # type: ignore[arg-type]
 
 
 for _name in _SCHEMAS:
     _register(_name)
-_ops = torch.ops.vllm_ue8m0
+_ops: Any = torch.ops.vllm_ue8m0
 
 
 def act_quant(
@@ -115,8 +113,11 @@ def weight_dequant(x: torch.Tensor, s: torch.Tensor, block_size: int = BLOCK) ->
             f"weight_dequant: x must be a 2-D {E4M3} weight, got {tuple(x.shape)} {x.dtype}"
         )
     gran = (block_size, block_size)
-    _check_scale("weight_dequant", "s", s, grid_shape(*x.shape, gran), f"x {tuple(x.shape)}")
-    return _ops.weight_dequant(x, as_scale(s), gran, None, torch.get_default_dtype())
+    _check_scale(
+        "weight_dequant", "s", s, grid_shape(x.shape[0], x.shape[1], gran), f"x {tuple(x.shape)}"
+    )
+    out: torch.Tensor = _ops.weight_dequant(x, as_scale(s), gran, None, torch.get_default_dtype())
+    return out
 
 
 def fp8_gemm(
@@ -137,8 +138,10 @@ def fp8_gemm(
     K, gran = a.shape[-1], (BLOCK, BLOCK)
     groups = (*a.shape[:-1], ceil_div(K, BLOCK))
     _check_scale("fp8_gemm", "a_s", a_s, groups, f"a {tuple(a.shape)}")
-    _check_scale("fp8_gemm", "b_s", b_s, grid_shape(*b.shape, gran), f"b {tuple(b.shape)}")
-    out = _ops.gemm(
+    _check_scale(
+        "fp8_gemm", "b_s", b_s, grid_shape(b.shape[0], b.shape[1], gran), f"b {tuple(b.shape)}"
+    )
+    out: torch.Tensor = _ops.gemm(
         a.reshape(-1, K), as_scale(a_s).reshape(-1, groups[-1]), b, as_scale(b_s),
         None, None, gran, torch.get_default_dtype(),
     )  # fmt: skip
@@ -150,9 +153,7 @@ def as_scale(scale: torch.Tensor) -> torch.Tensor:
     return scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
 
 
-def _check_scale(
-    op: str, name: str, scale: torch.Tensor, shape: tuple[int, ...], of: str
-) -> None:
+def _check_scale(op: str, name: str, scale: torch.Tensor, shape: tuple[int, ...], of: str) -> None:
     if scale.dtype not in _SCALE_DTYPES:
         raise ValueError(
             f"{op}: {name} is {scale.dtype}; allowed: {', '.join(map(str, _SCALE_DTYPES))}"

@@ -47,7 +47,7 @@ def weight_dequant(
         scales = _scale(sf).contiguous()
         weight_dequant_kernel.launch(
             _unit_stride(w.reshape(-1, N, K)), scales.view(-1, *scales.shape[-2:]),
-            None if c is None else c.contiguous(), tuple(gran), out.view(-1, N, K),
+            None if c is None else c.contiguous(), _pair(gran), out.view(-1, N, K),
         )  # fmt: skip
     return out
 
@@ -67,7 +67,7 @@ def gemm(
     if out.numel():
         gemm_kernel.launch(
             _unit_stride(a), None if a_s is None else _scale(a_s).contiguous(),
-            _unit_stride(w), _unit_stride(_scale(sf)), c, bias, tuple(gran), out,
+            _unit_stride(w), _unit_stride(_scale(sf)), c, bias, _pair(gran), out,
         )  # fmt: skip
     return out
 
@@ -112,19 +112,19 @@ def experts(
 
     # Both products use one routing, so one tile height: that of the average expert's rows.
     rows = ceil_div(slots, E)
-    config13 = gemm_kernel.tile_config(rows, a.dtype, tuple(gran13))
-    config2 = gemm_kernel.tile_config(rows, a.dtype, tuple(gran2))
+    config13 = gemm_kernel.tile_config(rows, a.dtype, _pair(gran13))
+    config2 = gemm_kernel.tile_config(rows, a.dtype, _pair(gran2))
     order, tiles = _route(topk_ids, E, config13["BLOCK_M"])
 
     gate_up = torch.empty(slots, w13.shape[1], dtype=x.dtype, device=x.device)
     grouped_gemm_kernel.launch(
-        a, a_s, _unit_stride(w13), _unit_stride(_scale(sf13)), c13, tuple(gran13), order, None,
+        a, a_s, _unit_stride(w13), _unit_stride(_scale(sf13)), c13, _pair(gran13), order, None,
         tiles, topk, True, config13, gate_up,
     )  # fmt: skip
     hidden, hidden_s = _silu_mul(gate_up, gran2[1], activation_scale)
     products = torch.empty(slots, w2.shape[1], dtype=x.dtype, device=x.device)
     grouped_gemm_kernel.launch(
-        hidden, hidden_s, _unit_stride(w2), _unit_stride(_scale(sf2)), c2, tuple(gran2), order,
+        hidden, hidden_s, _unit_stride(w2), _unit_stride(_scale(sf2)), c2, _pair(gran2), order,
         None if weight_on_input else weights, tiles, topk, False, config2, products,
     )  # fmt: skip
     grouped_gemm_kernel.combine(products, topk_ids.contiguous(), E, out)
@@ -167,7 +167,7 @@ def _silu_mul(
     """silu(gate) * up of [M, 2 I], quantized as activation_scale says."""
     M, columns = gate_up.shape[0], gate_up.shape[1] // 2
     if activation_scale == "none":
-        out, s = gate_up.new_empty(M, columns), None
+        out, s = torch.empty(M, columns, dtype=gate_up.dtype, device=gate_up.device), None
     else:
         ue8m0 = activation_scale == "ue8m0"
         out, s = _empty_quantized((M,), columns, group, ue8m0, gate_up.device)
@@ -189,6 +189,11 @@ def _scale(scale: torch.Tensor) -> torch.Tensor:
     if scale.dtype == torch.float8_e8m0fnu:
         return scale.view(torch.uint8)
     return scale if scale.dtype == torch.uint8 else scale.to(torch.float32)
+
+
+def _pair(gran: Sequence[int]) -> tuple[int, int]:
+    """Torch ops pass int[] as a list."""
+    return gran[0], gran[1]
 
 
 def _unit_stride(t: torch.Tensor) -> torch.Tensor:

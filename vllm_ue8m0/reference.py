@@ -46,11 +46,16 @@ def act_quant(
         inverse = torch.where(code == SF_NAN, torch.nan, inverse)
         scaled, scale = blocks * inverse[..., None], code.to(torch.uint8)
     else:
-        scale = amax.clamp(min=AMAX_FLOOR) / FP8_MAX
+        scale = _divide_by_fp8_max(amax.clamp(min=AMAX_FLOOR))
         scaled = blocks / scale[..., None]
     q = scaled.to(E4M3)
     q = torch.where(scaled.isnan(), torch.full_like(q, torch.nan), q)
     return q.flatten(-2)[..., :K].contiguous(), scale
+
+
+def _divide_by_fp8_max(amax: torch.Tensor) -> torch.Tensor:
+    """amax / 448, correctly rounded: by a Python number, CUDA multiplies with the reciprocal."""
+    return amax / torch.full_like(amax, FP8_MAX)
 
 
 def dequantize(
@@ -210,18 +215,18 @@ def weight_quant(w: torch.Tensor, ue8m0: bool = True) -> tuple[torch.Tensor, tor
     """
     N, K = w.shape
     rows, columns = ceil_div(N, 128), ceil_div(K, 128)
-    padded = torch.nn.functional.pad(
-        w.to(torch.float32), (0, columns * 128 - K, 0, rows * 128 - N)
-    ).view(rows, 128, columns, 128)
-    amax = padded.abs().amax(3).amax(1)  # in this order 13x faster than amax((1, 3)) on the CPU
+    values = torch.zeros(rows * 128, columns * 128, device=w.device)
+    values[:N, :K] = w
+    blocks = values.view(rows, 128, columns, 128)
+    amax = blocks.abs().amax(3).amax(1)  # in this order 13x faster than amax((1, 3)) on the CPU
     if not bool(amax.isfinite().all()):
         raise ValueError("weight_quant: the weight holds NaN or Inf")
     if ue8m0:
         sf = quant_exponent(amax, SF_MIN).to(torch.uint8)
         scale = convert_scale_from_ue8m0(sf)
     else:
-        # At least 2^-126: amax / 448 of a subnormal amax would lose bits, and codes overflow.
-        scale = (amax / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+        # At least 2^-126: amax / 448 of a subnormal amax would lose bits, or be 0.
+        scale = _divide_by_fp8_max(amax).clamp(min=torch.finfo(torch.float32).tiny)
         sf = scale = torch.where(amax == 0, 1.0, scale)
-    q = (padded / scale[:, None, :, None]).to(E4M3)
-    return q.view(rows * 128, columns * 128)[:N, :K].contiguous(), sf
+    blocks /= scale[:, None, :, None]
+    return values[:N, :K].to(E4M3).contiguous(), sf

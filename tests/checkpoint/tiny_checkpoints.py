@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+SHAPES = ((576, 576), (192, 576), (300, 70), (1, 1), (128, 128), (129, 257))
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK_FP8 = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -76,3 +79,24 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(
         a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
     )
+
+
+def linears() -> dict[str, torch.Tensor]:
+    """Linear weights of odd shapes and every float dtype, with a wide range of magnitudes."""
+    tensors = {}
+    for i, shape in enumerate(SHAPES):
+        w = torch.randn(shape) * torch.logspace(-4, 0, shape[1])
+        tensors[f"model.layers.{i}.mlp.up_proj.weight"] = w.to(DTYPES[i % 3])
+    return tensors
+
+
+def fp8_model(scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """One FP8 weight [300, 257] with power-of-two scales [3, 3] and a bf16 linear beside it."""
+    codes = torch.randint(0, 127, (300, 257), dtype=torch.uint8)
+    codes |= torch.randint(0, 2, codes.shape, dtype=torch.uint8) << 7
+    scale = 2.0 ** torch.randint(-120, 100, (3, 3)) if scale is None else scale
+    return {
+        "a.weight": codes.view(E4M3),
+        "a.weight_scale_inv": scale,
+        "b.weight": torch.randn(128, 128).bfloat16(),
+    }

@@ -75,7 +75,7 @@ def test_config_pickles():
 def test_float16_is_not_among_the_supported_dtypes():
     import torch
 
-    assert Ue8m0Config.get_supported_act_dtypes() == [torch.bfloat16]
+    assert Ue8m0Config.get_supported_act_dtypes() == [torch.bfloat16, torch.float32]
 
 
 def test_register_twice_keeps_one_name():

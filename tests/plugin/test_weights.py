@@ -62,7 +62,9 @@ def test_c_belongs_to_each_expert_and_shard():
 @pytest.mark.parametrize("experts", [(), (2,)])
 def test_arbitrary_scales_keep_requant_error(experts):
     quantized = [reference.weight_quant(torch.randn(300, 260), ue8m0=False) for _ in range(2)]
-    w, scale = (torch.stack(parts) if experts else parts[0] for parts in zip(*quantized))
+    w, scale = (
+        torch.stack(parts) if experts else parts[0] for parts in zip(*quantized, strict=True)
+    )
     kept = encode(w, scale, [3], BLOCK, "keep", "layer")
     assert kept.kind == "float32 kept"
     assert kept.sf is not None and torch.equal(kept.sf, scale) and kept.w is w

@@ -58,7 +58,7 @@ class ShardWriter:
         text += b" " * (-len(text) % 8)
         self.missing = position
         self.data_start = 8 + len(text)
-        self.file = open(self.temporary, "wb")
+        self.file = open(self.temporary, "wb")  # noqa: SIM115 - closed in __exit__
         self.file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, data: bytes | bytearray | memoryview, offset: int = 0) -> None:

@@ -18,8 +18,8 @@ def _act_quant_kernel(
     x, q, s, M, K, groups, stride_xm,
     FLOOR: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # (row, group), flattened
-    row, group = pair // groups, pair % groups
+    pair = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (row, group), flattened: below 2^31
+    row, group = (pair // groups).to(tl.int64), pair % groups
     k = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [ROWS, GROUP]
     used = row < M
     mask = used[:, None] & (k < K)

@@ -93,7 +93,7 @@ def launch(
     grid = (tile_expert.shape[0], triton.cdiv(N, config["BLOCK_N"]))
     _grouped_gemm_kernel[grid](
         a, a_s, w, sf, c, out, order, slot_weights, tile_expert, tile_start, ends, N, K,
-        a.stride(0) if a.shape[0] > 1 else K, 0 if a_s is None else sf.shape[2],
+        a.stride(0) if a.shape[0] > 1 else K, 0 if a_s is None else a_s.shape[1],
         w.stride(0), w.stride(1), sf.stride(0), sf.stride(1), 0 if c is None else c.stride(0),
         E, topk,
         GRAN_N=gran[0], GRAN_K=gran[1], HAS_C=c is not None,

@@ -20,8 +20,8 @@ def _silu_mul_quant_kernel(
     FLOOR: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = gate_up.dtype.element_ty
-    pair = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # (row, group), flattened
-    row, group = pair // groups, pair % groups
+    pair = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (row, group), flattened: below 2^31
+    row, group = (pair // groups).to(tl.int64), pair % groups
     i = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [ROWS, GROUP]
     used = row < M
     mask = used[:, None] & (i < columns)

@@ -2,7 +2,7 @@
 
 quant_exponent     float32 amax bits -> byte of the smallest 2^k with amax / 2^k <= 448
 decode             scale bytes -> float32, all 256 codes exactly (0 -> 2^-127, 255 -> NaN)
-split, split_swap  scale bytes -> two factors of about half the exponent each
+split              scale bytes -> two factors of about half the exponent each
 quantize           float32 [ROWS, GROUP] -> e4m3 code bytes, one scale per row
 to_float, encode_e4m3, round_to, dot     conversions and the tile product
 
@@ -32,12 +32,6 @@ def quant_exponent(amax_bits, FLOOR: tl.constexpr):
 
 
 @triton.jit
-def pow2(exponent):
-    """2^exponent in float32 for -126 <= exponent <= 127."""
-    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def decode(scale):
     """uint8 scale bytes -> float32, exact; float32 scales pass through."""
     if scale.dtype == tl.uint8:
@@ -49,23 +43,18 @@ def decode(scale):
 
 @triton.jit
 def split(code):
-    """Scale bytes -> (x, y), x * y = 2^(code - 127), exponents at most one apart; NaN for 255.
+    """Scale bytes -> (low, high), low * high = 2^(code - 127), exponents at most one apart.
 
     The product of two scales has exponents in [-254, 254], beyond float32, where a product of
-    codes times both scales may well be representable. With one operand through `split` and the
-    other through `split_swap`, the products of the first and of the second factors stay within
-    2^+-127 and have exponents of one sign, so (p * first) * second leaves float32's normal range
-    only if the result does.
+    codes times both scales may well be representable. With x and y split, low_x * high_y and
+    high_x * low_y stay within 2^+-127 and have exponents of one sign, so multiplying by one and
+    then by the other leaves float32's normal range only if the result does. 255 -> low is NaN.
     """
     exponent = code.to(tl.int32) - 127
-    low = exponent >> 1
-    return tl.where(exponent == 128, float("nan"), pow2(low)), pow2(exponent - low)
-
-
-@triton.jit
-def split_swap(code):
-    low, high = split(code)
-    return high, low
+    half = exponent >> 1
+    low = ((half + 127) << 23).to(tl.float32, bitcast=True)
+    high = ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(exponent == 128, float("nan"), low), high
 
 
 @triton.jit
@@ -130,7 +119,8 @@ def dot(a, w):
     elif a.dtype == tl.float8e4nv:
         return tl.dot(a, w)
     else:
-        return tl.dot(a, w.to(a.dtype), input_precision="ieee")
+        # By way of float32: Triton 3.6's direct e4m3 -> bf16 does not assemble for sm_89.
+        return tl.dot(a, w.to(tl.float32).to(a.dtype), input_precision="ieee")
 
 
 @triton.jit
@@ -145,7 +135,8 @@ def quantize(x, UE8M0: tl.constexpr, FLOOR: tl.constexpr):
     amax = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     if UE8M0:
         sf = quant_exponent(amax, FLOOR)
-        inverse = tl.where(sf == SF_NAN, float("nan"), pow2(127 - sf))
+        inverse = ((254 - sf) << 23).to(tl.float32, bitcast=True)  # 2^(127 - sf), sf <= 247
+        inverse = tl.where(sf == SF_NAN, float("nan"), inverse)
         return encode_e4m3(x * inverse[:, None]), sf.to(tl.uint8)
     else:
         amax = tl.maximum(amax, 0x38D1B717).to(tl.float32, bitcast=True)  # float32(1e-4)

@@ -52,8 +52,8 @@ class Ue8m0Config(compat.QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        # float16 would overflow on DeepSeek's activations; vLLM refuses it with this list.
-        return [torch.bfloat16]
+        # float16 overflows on DeepSeek's activations: vLLM refuses it with this list.
+        return [torch.bfloat16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -96,7 +96,7 @@ class Ue8m0Config(compat.QuantizationConfig):  # type: ignore[misc]
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.ignored_layers = hf_to_vllm_mapper.apply_list(self.ignored_layers)
 
-    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
         """The method of a layer; None leaves embeddings, lm_head and attention to vLLM."""
         self._read_options()
         if isinstance(layer, compat.LinearBase):

@@ -108,7 +108,7 @@ def output_gran(sizes: list[int], output_size: int) -> int:
 
 
 @compat.register_weight_loader_v2_supported_method
-class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc,name-defined]
+class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
     """Every quantized linear layer: attention projections, dense and shared-expert MLPs."""
 
     def __init__(self, config: Ue8m0Config, prefix: str) -> None:
@@ -117,7 +117,7 @@ class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc,name-defi
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -128,7 +128,7 @@ class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc,name-defi
         N, K = sum(output_partition_sizes), input_size_per_partition
         gran = (
             output_gran(output_partition_sizes, output_size),
-            common_gran([K] if K != input_size else []),
+            BLOCK if input_size == K else common_gran([K]),
         )
         check_group(gran[1], K, self.prefix)
         layer.logical_widths = output_partition_sizes
@@ -156,7 +156,7 @@ class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc,name-defi
         scale.dummy_weight_value = DUMMY_SCALE
         layer.register_parameter("weight_scale_inv", scale)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         scale = layer.weight_scale_inv.data
         if self.dummy:
             scale = fix_dummy_scales(scale)
@@ -180,12 +180,10 @@ class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc,name-defi
             del layer.weight_block_size
         self.config.layer_done("linear", done.kind, gran != (BLOCK, BLOCK), done.sf.device)
 
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if x.dtype == E4M3:  # MLA with FP8 prefill hands its latent over as e4m3
             x = x.to(layer.orig_dtype)
-        out = torch.ops.vllm_ue8m0.linear(
+        out: torch.Tensor = torch.ops.vllm_ue8m0.linear(
             x.reshape(-1, x.shape[-1]),
             layer.weight,
             layer.weight_scale_inv,

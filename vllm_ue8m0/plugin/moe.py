@@ -46,8 +46,8 @@ class ExpertsFormat:
     activation_scale: str
 
 
-class Ue8m0Experts(compat.FusedMoEExpertsModular):  # type: ignore[misc,name-defined]
-    """Routed experts in the contiguous format: quantize, GEMM, SiLU * up, quantize, GEMM, reduce."""
+class Ue8m0Experts(compat.FusedMoEExpertsModular):  # type: ignore[misc]
+    """Routed experts, contiguous format: quantize, GEMM, SiLU * up, quantize, GEMM, reduce."""
 
     @staticmethod
     def activation_format() -> Any:
@@ -128,7 +128,7 @@ class Ue8m0Experts(compat.FusedMoEExpertsModular):  # type: ignore[misc,name-def
         output.copy_(out)
 
 
-class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc,name-defined]
+class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
     """Creates, loads and encodes expert weights; `apply` hands them to the modular kernel."""
 
     experts_cls = Ue8m0Experts
@@ -144,7 +144,7 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc,name-defin
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -173,13 +173,15 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc,name-defin
             weight = torch.nn.Parameter(empty_weight(num_experts, *shape), requires_grad=False)
             compat.set_weight_attrs(weight, {**extra, "weight_loader": weight_loader(load, where)})
             scale = torch.nn.Parameter(
-                empty_scale(num_experts, *grid_shape(*shape, gran)), requires_grad=False
+                empty_scale(num_experts, *grid_shape(shape[0], shape[1], gran)), requires_grad=False
             )
             compat.set_weight_attrs(
                 scale,
                 {
                     **extra,
-                    "weight_loader": scale_loader(load, gran, where, grid_shape(*whole, gran)),
+                    "weight_loader": scale_loader(
+                        load, gran, where, grid_shape(whole[0], whole[1], gran)
+                    ),
                     "quant_method": compat.FusedMoeWeightScaleSupported.BLOCK.value,
                     "dummy_weight_value": DUMMY_SCALE,
                 },
@@ -187,7 +189,7 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc,name-defin
             layer.register_parameter(f"{name}_weight", weight)
             layer.register_parameter(f"{name}_weight_scale_inv", scale)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         kinds = []
         for name, gran, halves in (("w13", self.gran13, 2), ("w2", self.gran2, 1)):
             weight = getattr(layer, f"{name}_weight").data

@@ -171,16 +171,18 @@ def requantize(w: torch.Tensor, scale: torch.Tensor, gran: tuple[int, int]) -> E
     codes = w.clone()
     matrices = (t.view(-1, *t.shape[-2:]) for t in (w, codes, ratio))
     for old, new, factor in zip(*matrices, strict=True):
-        new.copy_((old.to(torch.float32) * expand(factor, *old.shape, gran)).to(w.dtype))
+        new.copy_(
+            (old.to(torch.float32) * expand(factor, old.shape[0], old.shape[1], gran)).to(w.dtype)
+        )
     return Encoded(codes, sf, None, "requantized")
 
 
-def _block_is_used(
-    w: torch.Tensor, grid: torch.Size, gran: tuple[int, int]
-) -> torch.Tensor:
+def _block_is_used(w: torch.Tensor, grid: torch.Size, gran: tuple[int, int]) -> torch.Tensor:
     """True where a block of w holds a non-zero code; shape of the scale grid."""
     rows, columns = grid[-2] * gran[0], grid[-1] * gran[1]
     nonzero = (w.view(torch.uint8) & 0x7F) != 0
     padded = torch.nn.functional.pad(nonzero, (0, columns - w.shape[-1], 0, rows - w.shape[-2]))
-    blocks = padded.unflatten(-1, (grid[-1], gran[1])).unflatten(-3, (grid[-2], gran[0]))
+    blocks: torch.Tensor = padded.unflatten(-1, (grid[-1], gran[1])).unflatten(
+        -3, (grid[-2], gran[0])
+    )
     return blocks.any(-1).any(-2)  # [..., rows, gn, columns, gk] -> [..., rows, columns]

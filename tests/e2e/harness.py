@@ -1,0 +1,45 @@
+"""Run vLLM in child processes, and compare next-token distributions."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+FIXTURES = HERE.parent / "fixtures"
+EXIT_ABORT = "terminate called without an active exception"
+GPU = torch.cuda.is_available()
+
+
+def run_vllm(*command, stdout_only=False, **kwargs):
+    """A child Python that may use vLLM, returns what it printed; asserts that it succeeded."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=env, capture_output=True, text=True, **kwargs
+    )
+    # vLLM's CPU build sometimes aborts at interpreter exit, after all work is done.
+    aborted = done.returncode == -6 and done.stderr.rstrip().endswith(EXIT_ABORT)
+    assert done.returncode == 0 or aborted, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + ("" if stdout_only else done.stderr)
+
+
+def kl(reference, other):
+    """Mean KL(reference || other) in nats per token; lists of [T, V] logits."""
+    total = tokens = 0
+    for p, q in zip(reference, other, strict=True):
+        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        total += (log_p.exp() * (log_p - log_q)).sum().item()
+        tokens += len(p)
+    return total / tokens
+
+
+def perplexity(logits, prompts):
+    """exp of the mean negative log-likelihood of each next token of the prompts."""
+    losses = [
+        torch.nn.functional.cross_entropy(row[:-1].double(), torch.tensor(p[1:]), reduction="sum")
+        for row, p in zip(logits, prompts, strict=True)
+    ]
+    return torch.exp(sum(losses) / sum(len(p) - 1 for p in prompts)).item()

@@ -1,0 +1,231 @@
+"""Block-scaled GEMM against float64 products of the dequantized operands."""
+
+import golden
+import numpy as np
+import pytest
+import torch
+from checks import E4M3, assert_product, random_codes, random_scale, same_bits
+
+from vllm_ue8m0 import portable, reference
+
+BACKENDS = pytest.mark.parametrize("backend", [reference, portable], ids=["reference", "portable"])
+U8, F32, BF16 = torch.uint8, torch.float32, torch.bfloat16
+GRAN = (128, 128)
+
+
+def operands(M, N, K, device, a_dtype=U8, w_dtype=U8, gran=GRAN, spread=4):
+    groups = -(-K // gran[1])
+    a, w = random_codes(M, K, device=device), random_codes(N, K, device=device)
+    a_s = random_scale(M, groups, dtype=a_dtype, device=device, spread=spread)
+    sf = random_scale(-(-N // gran[0]), groups, dtype=w_dtype, device=device, spread=spread)
+    return a, a_s, w, sf
+
+
+def check(a, a_s, w, sf, gran=GRAN, out_dtype=BF16, c=None, bias=None):
+    out = portable.gemm(a, a_s, w, sf, c, bias, gran, out_dtype)
+    assert out.dtype == out_dtype and out.is_contiguous()
+    N = w.shape[0]
+    scale = 1.0 if c is None else np.repeat(c.double().cpu().numpy(), gran[0])[:N]
+    offset = 0.0 if bias is None else bias.double().cpu().numpy()
+    a64 = a.double().cpu().numpy() if a_s is None else golden.dequantize(a, a_s, (1, gran[1]))
+    assert_product(out, a64, golden.dequantize(w, sf, gran), (scale, offset))
+    return out
+
+
+@pytest.mark.parametrize("M", [1, 3, 17, 65])
+@pytest.mark.parametrize(("N", "K"), [(192, 192), (70, 300), (192, 320)])
+def test_odd_shapes(device, M, N, K):
+    check(*operands(M, N, K, device))
+
+
+@pytest.mark.parametrize("M", [3, 33, 129])
+def test_576(device, M):
+    check(*operands(M, 576, 576, device))
+
+
+@pytest.mark.parametrize("out_dtype", [BF16, torch.float16, F32])
+@pytest.mark.parametrize(("a_dtype", "w_dtype"), [(U8, U8), (U8, F32), (F32, U8), (F32, F32)])
+@pytest.mark.parametrize("M", [3, 65])
+def test_scale_and_output_dtypes(device, M, a_dtype, w_dtype, out_dtype):
+    a, a_s, w, sf = operands(M, 192, 300, device, a_dtype, w_dtype)
+    if a_s.dtype == U8:
+        a_s -= 12  # keeps the results within float16
+    else:
+        a_s *= 2.0**-12
+    check(a, a_s, w, sf, out_dtype=out_dtype)
+
+
+@pytest.mark.parametrize(
+    "gran", [(64, 128), (16, 64), (32, 32), (128, 64), (1, 128), (7, 32), (96, 128)]
+)
+@pytest.mark.parametrize(("a_dtype", "w_dtype"), [(U8, U8), (F32, U8)])
+def test_scale_grids(device, gran, a_dtype, w_dtype):
+    check(*operands(17, 100, 160, device, a_dtype, w_dtype, gran), gran)
+
+
+@pytest.mark.parametrize("with_c", [False, True])
+@pytest.mark.parametrize("bias_dtype", [None, BF16, F32])
+def test_row_factor_and_bias(device, with_c, bias_dtype):
+    gran = (64, 128)
+    a, a_s, w, sf = operands(17, 150, 192, device, gran=gran)
+    c = torch.rand(3, device=device) + 1 if with_c else None
+    bias = None
+    if bias_dtype is not None:
+        bias = (torch.randn(150, device=device) * 1e5).to(bias_dtype)
+    check(a, a_s, w, sf, gran, F32, c, bias)
+
+
+@pytest.mark.parametrize("w_dtype", [U8, F32])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, F32])
+@pytest.mark.parametrize(("M", "N", "K", "gran"), [(3, 70, 300, GRAN), (65, 192, 192, (16, 64))])
+def test_activations_not_quantized(device, M, N, K, gran, dtype, w_dtype):
+    _, _, w, sf = operands(M, N, K, device, w_dtype=w_dtype, gran=gran, spread=2)
+    a = torch.randn(M, K, device=device).to(dtype)
+    check(a, None, w, sf, gran, F32)
+    wide = torch.randn(M, 2 * K, device=device).to(dtype)
+    check(wide[:, K:], None, w, sf, gran, F32)
+
+
+def test_all_positive(device):
+    """Hopper's fp8 accumulator truncates: summed over all of K it would shrink this by percents."""
+    a, a_s, w, sf = operands(65, 128, 2048, device)
+    a, w = a.float().abs().to(E4M3), w.float().abs().to(E4M3)
+    check(a, a_s, w, sf)
+
+
+@pytest.mark.parametrize(("a_dtype", "w_dtype"), [(U8, U8), (F32, F32)])
+def test_scales_spread_over_80_binades(device, a_dtype, w_dtype):
+    check(*operands(17, 192, 300, device, a_dtype, w_dtype, spread=40), out_dtype=F32)
+
+
+def test_zero_groups_and_extreme_codes(device):
+    a, a_s, w, sf = operands(17, 192, 320, device)
+    a.view(U8)[:, 128:256], w.view(U8)[:, :128] = 0, 0
+    a.view(U8)[0, 256:], w.view(U8)[0, 256:] = 0x7E, 0xFE  # 448 and -448
+    a.view(U8)[1, 256:], w.view(U8)[1, 256:] = 0x01, 0x01  # the smallest subnormal
+    check(a, a_s, w, sf)
+
+
+def integers(M, N, K, device, gran=GRAN, a_dtype=U8, w_dtype=U8):
+    """Small integers and scales 2^k: every partial sum is exact in any order."""
+    a = torch.randint(-2, 3, (M, K), device=device).float().to(E4M3)
+    w = torch.randint(-2, 3, (N, K), device=device).float().to(E4M3)
+    groups = -(-K // gran[1])
+    a_s = torch.randint(125, 130, (M, groups), device=device).to(U8)
+    sf = torch.randint(125, 130, (-(-N // gran[0]), groups), device=device).to(U8)
+    if a_dtype == F32:
+        a_s = torch.ldexp(torch.ones(a_s.shape, device=device), a_s.int() - 127)
+    if w_dtype == F32:
+        sf = torch.ldexp(torch.ones(sf.shape, device=device), sf.int() - 127)
+    return a, a_s, w, sf
+
+
+@BACKENDS
+@pytest.mark.parametrize(("a_dtype", "w_dtype"), [(U8, U8), (U8, F32), (F32, U8), (F32, F32)])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "gran"),
+    [(1, 70, 300, GRAN), (17, 140, 300, GRAN), (65, 140, 300, GRAN), (65, 40, 100, (16, 32)),
+     (600, 140, 192, GRAN), (129, 140, 192, (64, 128)), (33, 70, 192, (5, 64))],
+)  # fmt: skip
+def test_integers_are_exact(backend, device, M, N, K, gran, a_dtype, w_dtype):
+    a, a_s, w, sf = integers(M, N, K, device, gran, a_dtype, w_dtype)
+    wanted = golden.dequantize(a, a_s, (1, gran[1])) @ golden.dequantize(w, sf, gran).T
+    out = backend.gemm(a, a_s, w, sf, None, None, gran, F32)
+    np.testing.assert_array_equal(out.double().cpu().numpy(), wanted)
+    # bf16 output is the same sum, rounded once to nearest even.
+    rounded = torch.from_numpy(wanted).float().to(BF16)
+    assert torch.equal(backend.gemm(a, a_s, w, sf, None, None, gran, BF16).cpu(), rounded)
+
+
+def pair_products(a_code, w_code, K, sf_bytes, gran_n, device):
+    """Every byte for a against sf_bytes for w, constant codes: out[i, j gran_n] = K a w 2^e."""
+    a = torch.full((256, K), a_code, dtype=U8, device=device).view(E4M3)
+    w = torch.full((len(sf_bytes) * gran_n, K), w_code, dtype=U8, device=device).view(E4M3)
+    a_s = torch.arange(256, dtype=U8, device=device)[:, None]
+    sf = torch.tensor(sf_bytes, dtype=U8, device=device)[:, None]
+    out = portable.gemm(a, a_s, w, sf, None, None, (gran_n, 32), F32)
+    raw = K * golden.E4M3[a_code] * golden.E4M3[w_code]
+    exponent = np.arange(256)[:, None] + np.repeat(sf_bytes, gran_n)[None, :] - 254
+    with np.errstate(over="ignore"):
+        wanted = np.ldexp(np.float64(raw), exponent).astype(np.float32)
+    nan = (np.arange(256) == 255)[:, None] | (np.repeat(sf_bytes, gran_n) == 255)[None, :]
+    return out.cpu().numpy(), np.where(nan, np.float32("nan"), wanted)
+
+
+@pytest.mark.parametrize("gran_n", [1, 16])
+@pytest.mark.parametrize(("a_code", "w_code"), [(0x38, 0x38), (0x7E, 0x7E), (0x01, 0x01)])
+def test_two_bytes_combine_exactly(device, gran_n, a_code, w_code):
+    """1 * 1, 448 * 448 and the smallest subnormals, where the combined scale leaves float32."""
+    edge = [0, 1, 2, 50, 104, 126, 127, 128, 190, 252, 253, 254, 255]
+    sf_bytes = list(range(256)) if gran_n == 1 else edge
+    out, wanted = pair_products(a_code, w_code, 32, sf_bytes, gran_n, device)
+    normal = (np.abs(wanted) >= np.finfo(np.float32).tiny) | np.isnan(wanted)
+    assert normal.sum() > wanted.size // 2
+    np.testing.assert_array_equal(out[normal], wanted[normal])
+    assert (np.abs(out[~normal]) < np.finfo(np.float32).tiny).all()
+
+
+@pytest.mark.parametrize("gran_n", [1, 16])
+def test_zero_codes_give_zero_under_any_scale(device, gran_n):
+    sf_bytes = [0, 1, 127, 253, 254]
+    out, _ = pair_products(0x00, 0x7E, 32, sf_bytes, gran_n, device)
+    assert (out[:255] == 0).all()
+    assert np.isnan(out[255]).all()
+
+
+@pytest.mark.parametrize("a_dtype", [U8, F32])
+@pytest.mark.parametrize("M", [17, 65])
+def test_nan_stays_in_its_row(device, M, a_dtype):
+    a, a_s, w, sf = operands(M, 192, 300, device, a_dtype)
+    clean = portable.gemm(a, a_s, w, sf, None, None, GRAN, BF16)
+    a.view(U8)[2, 5] = 0x7F
+    if a_dtype == U8:
+        a_s[0, 1] = 255
+    else:
+        a_s[0, 1] = torch.nan
+    out = portable.gemm(a, a_s, w, sf, None, None, GRAN, BF16)
+    assert out[[0, 2]].isnan().all()
+    keep = [m for m in range(M) if m not in (0, 2)]
+    assert torch.equal(out[keep], clean[keep])
+
+
+def test_deterministic(device):
+    args = operands(65, 192, 576, device)
+    outs = [portable.gemm(*args, None, None, GRAN, BF16) for _ in range(3)]
+    assert same_bits(outs[0], outs[1]) and same_bits(outs[0], outs[2])
+
+
+def test_strided_operands(device):
+    a, a_s, w, sf = operands(17, 192, 320, device)
+    wanted = portable.gemm(a, a_s, w, sf, None, None, GRAN, F32)
+    wide_a, wide_w = random_codes(17, 640, device=device), random_codes(192, 640, device=device)
+    wide_a[:, 64:384], wide_w[:, :320] = a, w
+    sf_columns = sf.t().contiguous().t()
+    out = portable.gemm(
+        wide_a[:, 64:384], a_s.t().contiguous().t(), wide_w[:, :320], sf_columns,
+        None, None, list(GRAN), F32,
+    )  # fmt: skip
+    assert torch.equal(out, wanted)
+
+
+def test_offsets_beyond_32_bits(device, monkeypatch):
+    monkeypatch.undo()  # the memory between the rows is never touched
+    row = 2**31 + 64
+    a, a_s, w, sf = operands(2, 64, 128, device)
+    wanted = portable.gemm(a, a_s, w, sf, None, None, GRAN, F32)
+    for name in ("a", "w"):
+        far = torch.empty(row + 128, dtype=E4M3, device=device).as_strided((2, 128), (row, 1))
+        if name == "a":
+            far.copy_(a)
+            out = portable.gemm(far, a_s, w, sf, None, None, GRAN, F32)
+            assert torch.equal(out, wanted)
+        else:
+            far.copy_(w[:2])
+            out = portable.gemm(a, a_s, far, sf, None, None, GRAN, F32)
+            assert torch.equal(out, wanted[:, :2])
+        del far
+
+
+def test_empty(device):
+    a, a_s, w, sf = operands(3, 192, 320, device)
+    assert portable.gemm(a[:0], a_s[:0], w, sf, None, None, GRAN, BF16).shape == (0, 192)

@@ -1,0 +1,121 @@
+"""The public operators, with each backend behind them."""
+
+import golden
+import numpy as np
+import pytest
+import torch
+from checks import E4M3, assert_product, expert_operands, random_codes, random_scale, same_bits
+
+import vllm_ue8m0
+from vllm_ue8m0 import dispatch, ops
+
+U8, F32, BF16 = torch.uint8, torch.float32, torch.bfloat16
+GRAN = (128, 128)
+
+
+@pytest.fixture(params=["reference", "portable"])
+def backend(request, monkeypatch):
+    """The backend that the public operators dispatch to."""
+    monkeypatch.setenv("UE8M0_BACKEND", request.param)
+    dispatch.choose.cache_clear()
+    yield request.param
+    dispatch.choose.cache_clear()
+
+
+def test_act_quant_leading_shapes_and_formats(backend, device):
+    x = torch.randn(2, 3, 300, device=device).bfloat16()
+    q, s = vllm_ue8m0.act_quant(x)
+    assert q.dtype == E4M3 and q.shape == x.shape
+    assert s.dtype == F32 and s.shape == (2, 3, 3)
+    q, s = vllm_ue8m0.act_quant(x, 64, "ue8m0")
+    assert s.dtype == U8 and s.shape == (2, 3, 5)
+    wanted = golden.act_quant_ue8m0(x.view(6, 300), 64)
+    np.testing.assert_array_equal(s.view(6, 5).cpu().numpy(), wanted[1])
+    np.testing.assert_array_equal(q.view(U8).view(6, 300).cpu().numpy(), wanted[0])
+    assert vllm_ue8m0.act_quant(x[0, 0])[1].shape == (3,)
+    assert vllm_ue8m0.act_quant(x[:0])[0].shape == (0, 3, 300)
+
+
+@pytest.mark.parametrize("a_dtype", [U8, torch.float8_e8m0fnu, F32])
+@pytest.mark.parametrize("b_dtype", [U8, torch.float8_e8m0fnu, F32])
+def test_fp8_gemm_scale_dtypes(backend, device, a_dtype, b_dtype):
+    def scale(*shape, dtype):
+        s = random_scale(*shape, dtype=F32 if dtype == F32 else U8, device=device)
+        return s.view(dtype)
+
+    a, b = random_codes(2, 3, 300, device=device), random_codes(192, 300, device=device)
+    a_s, b_s = scale(2, 3, 3, dtype=a_dtype), scale(2, 3, dtype=b_dtype)
+    out = vllm_ue8m0.fp8_gemm(a, a_s, b, b_s)
+    assert out.shape == (2, 3, 192) and out.dtype == torch.get_default_dtype()
+    a64 = golden.dequantize(a.view(6, 300), a_s.view(6, 3), (1, 128))
+    assert_product(out.view(6, 192), a64, golden.dequantize(b, b_s, GRAN))
+
+
+@pytest.mark.parametrize("default", [BF16, torch.float16, F32])
+def test_outputs_have_the_default_dtype(backend, device, default):
+    b = random_codes(70, 300, device=device)
+    b_s = random_scale(1, 3, dtype=U8, device=device) - 4
+    a, a_s = vllm_ue8m0.act_quant(torch.randn(3, 300, device=device), scale_fmt="ue8m0")
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        product = vllm_ue8m0.fp8_gemm(a, a_s, b, b_s)
+        weight = vllm_ue8m0.weight_dequant(b, b_s.view(torch.float8_e8m0fnu))
+    finally:
+        torch.set_default_dtype(previous)
+    assert product.dtype == weight.dtype == default
+    np.testing.assert_array_equal(weight.double().cpu().numpy(), golden.dequantize(b, b_s, GRAN))
+
+
+def test_fp8_gemm_of_no_rows(backend, device):
+    b, b_s = random_codes(70, 128, device=device), torch.ones(1, 1, device=device)
+    a, a_s = vllm_ue8m0.act_quant(torch.zeros(0, 128, device=device))
+    assert vllm_ue8m0.fp8_gemm(a, a_s, b, b_s).shape == (0, 70)
+
+
+def test_errors_name_what_is_wrong(device):
+    x = torch.randn(3, 300, device=device)
+    q, s = vllm_ue8m0.act_quant(x)
+    w, w_s = random_codes(192, 300, device=device), torch.ones(2, 3, device=device)
+    for call, text in [
+        (lambda: vllm_ue8m0.act_quant(x, scale_fmt="e8m0"), "scale_fmt is 'e8m0'; allowed: None"),
+        (lambda: vllm_ue8m0.act_quant(x, 48), "block_size is 48; allowed: powers of two"),
+        (lambda: vllm_ue8m0.act_quant(x.double()), "x is torch.float64; allowed"),
+        (lambda: vllm_ue8m0.weight_dequant(x, w_s), "x must be a 2-D .* weight, got .*float32"),
+        (lambda: vllm_ue8m0.weight_dequant(w, w_s.t()), r"s must be \(2, 3\) .* transposed"),
+        (lambda: vllm_ue8m0.fp8_gemm(x, s, w, w_s), "a must be .*, got torch.float32"),
+        (lambda: vllm_ue8m0.fp8_gemm(q, s, w.view(U8), w_s), "b must be .*, got torch.uint8"),
+        (lambda: vllm_ue8m0.fp8_gemm(q, s, w[:, :200], w_s), r"b must be \[N, K\] with a's K"),
+        (lambda: vllm_ue8m0.fp8_gemm(q, s[:2], w, w_s), r"a_s must be \(3, 3\) for a \(3, 300\)"),
+        (lambda: vllm_ue8m0.fp8_gemm(q, s, w, w_s.t()), r"b_s must be \(2, 3\) for b \(192, 300\)"),
+        (lambda: vllm_ue8m0.fp8_gemm(q, s.half(), w, w_s), "a_s is torch.float16; allowed"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            call()
+
+
+def test_opcheck(backend, device):
+    op = torch.ops.vllm_ue8m0
+    x, w = torch.randn(3, 64, device=device).bfloat16(), random_codes(70, 64, device=device)
+    q, s = ops.act_quant(x, scale_fmt="ue8m0")
+    sf, c = random_scale(1, 1, dtype=U8, device=device), torch.rand(1, device=device)
+    bias = torch.randn(70, device=device).bfloat16()
+    experts = expert_operands(3, 2, device, H=64, inner=32)
+    experts[9], experts[10] = list(GRAN), list(GRAN)
+    for name, args in [
+        ("act_quant", (x, 128, True)),
+        ("act_quant", (x, 64, False)),
+        ("weight_dequant", (w, sf, [128, 128], c, BF16)),
+        ("gemm", (q, s, w, sf, c, None, [128, 128], BF16)),
+        ("linear", (x, w, sf, None, bias, [128, 128], "ue8m0")),
+        ("linear", (x, w, sf, None, None, [128, 128], "none")),
+        ("experts", (*experts, "ue8m0", False)),
+    ]:
+        before = [arg.clone() for arg in args if isinstance(arg, torch.Tensor)]
+        # test_schema compares arguments by allclose, which torch does not have for e4m3.
+        checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+        if name == "act_quant":
+            checks.append("test_schema")
+        torch.library.opcheck(getattr(op, name).default, args, test_utils=checks)
+        after = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        assert all(same_bits(x, y) for x, y in zip(before, after, strict=True))

@@ -1,0 +1,93 @@
+"""The command line: exit codes, one-line errors, and no heavy import before a verb runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import vllm_ue8m0
+from vllm_ue8m0.checkpoint.convert import QUANT_METHODS, TARGETS
+from vllm_ue8m0.checkpoint.steps import SCALE_DTYPES
+from vllm_ue8m0.cli import main
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    directory = tmp_path / "source"
+    directory.mkdir()
+    tensors = {"a.weight": torch.randn(200, 150), "b.o_proj.weight": torch.randn(8, 8)}
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text('{"model_type": "llama"}')
+    return directory
+
+
+def test_convert(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = str(tmp_path / "target")
+    options = ["--scale-dtype", "uint8", "--quant-method", "ue8m0", "--ignore", "*.o_proj", "x"]
+    assert main(["convert", str(source), target, *options]) == 0
+    tensors = load_file(tmp_path / "target" / "model.safetensors")
+    assert tensors["a.weight_scale_inv"].dtype == torch.uint8
+    assert tensors["b.o_proj.weight"].dtype == torch.float32
+    captured = capsys.readouterr()
+    assert captured.out == f"{target}: 1 tensors converted, 1 copied, 0.00 GB -> 0.00 GB\n"
+    assert "100%" in captured.err
+    assert main(["convert", target, str(tmp_path / "back"), "--to", "bf16"]) == 0
+    assert load_file(tmp_path / "back" / "model.safetensors")["a.weight"].dtype == torch.bfloat16
+
+
+def break_config(source: Path) -> None:
+    text = '{"quantization_config": {"quant_method": "gptq"}}'
+    (source / "config.json").write_text(text)
+
+
+def break_shard(source: Path) -> None:
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def break_access(source: Path) -> None:
+    (source / "config.json").unlink()
+    (source / "config.json").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(break_config, "gptq"), (break_shard, "truncated"), (break_access, "Is a directory")],
+)
+def test_errors_are_one_line(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, words: str
+) -> None:
+    damage(source)
+    assert main(["convert", str(source), str(tmp_path / "target")]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("vllm-ue8m0 convert: ") and words in lines[0]
+
+
+@pytest.mark.parametrize("arguments", [[], ["convert"], ["convert", "a", "b", "--to", "int8"]])
+def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: vllm-ue8m0" in capsys.readouterr().err
+
+
+def test_choices_are_those_of_convert(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["convert", "--help"])
+    text = capsys.readouterr().out
+    for choices in (TARGETS, SCALE_DTYPES, QUANT_METHODS):
+        assert "{" + ",".join(choices) + "}" in text
+
+
+def test_version_loads_no_torch() -> None:
+    code = "import sys; from vllm_ue8m0.cli import main\ntry: main(['--version'])\n"
+    code += "finally: print('torch' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["vllm-ue8m0", vllm_ue8m0.__version__, "False"]
