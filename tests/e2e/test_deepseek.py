@@ -1,0 +1,135 @@
+"""The trained DeepSeek-V3 fixture: its training forward is the ground truth for serving."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from harness import FIXTURES, GPU, kl
+from safetensors.torch import load_file, save_file
+from tiny_deepseek.checkpoint import encode
+from tiny_deepseek.model import TinyDeepseek
+
+MODEL = FIXTURES / "tiny_deepseek"
+TOKENS = 4096
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    ids = encode((FIXTURES / "heldout.txt").read_bytes()).tolist()
+    return [ids[i : i + 512] for i in range(0, TOKENS, 512)]
+
+
+@pytest.fixture(scope="module")
+def trained(prompts):
+    """trained(activation_scale) -> logits of the forward that the weights were trained with."""
+    model = TinyDeepseek.from_checkpoint(MODEL)
+
+    def forward(activation_scale):
+        with torch.no_grad():
+            return [model(torch.tensor([p]), activation_scale)[0][0].float() for p in prompts]
+
+    return forward
+
+
+def options(**values):
+    return {"additional_config": {"ue8m0": values}}
+
+
+def test_served_equals_the_training_forward(trained, prompts, served):
+    """KL <= 1e-3 nats a token, and at most a third of what float32 activation scales give."""
+    truth = trained("ue8m0")
+    ours = kl(truth, served(MODEL, prompts, generate=32)["logits"])
+    dropped = kl(truth, served(MODEL, prompts, **options(activation_scale="fp32"))["logits"])
+    print(f"ue8m0 {ours:.2e}, float32 activation scales {dropped:.2e} nats/token")
+    assert ours <= 1e-3
+    assert ours <= dropped / 3
+
+
+def test_kl_order(trained, prompts, served, tmp_path):
+    """To the same weights unrounded: KL(ue8m0) < KL(requantized) < KL(relabelled)."""
+    from vllm_ue8m0.codec import convert_scale_from_ue8m0, convert_scale_to_ue8m0
+
+    requantized, relabelled = tmp_path / "requantized", tmp_path / "relabelled"
+    weights = load_file(MODEL / "model.safetensors")
+    for folder in (requantized, relabelled):
+        shutil.copytree(MODEL, folder)
+    changed, wrong = dict(weights), dict(weights)
+    for name in [n for n in weights if n.endswith("weight_scale_inv")]:
+        # the same values up to 2 ulp of float32 per element cannot be had: rescale the codes
+        w = name.replace("_scale_inv", "")
+        factor = 1.37
+        values = weights[w].to(torch.float32) / factor
+        changed[w] = wrong[w] = values.to(torch.float8_e4m3fn)
+        changed[name] = weights[name] * factor * (1 + torch.rand_like(weights[name]) * 1e-6)
+        wrong[name] = convert_scale_from_ue8m0(convert_scale_to_ue8m0(changed[name]))
+    save_file(changed, requantized / "model.safetensors", metadata={"format": "pt"})
+    save_file(wrong, relabelled / "model.safetensors", metadata={"format": "pt"})
+    truth = trained("none")
+    runs = {
+        "ue8m0": served(MODEL, prompts, generate=32),
+        "requantized": served(requantized, prompts, **options(non_pow2="requant")),
+        "relabelled": served(relabelled, prompts),
+    }
+    found = {name: kl(truth, run["logits"]) for name, run in runs.items()}
+    print(found)
+    assert found["ue8m0"] < found["requantized"] < found["relabelled"] / 5
+
+
+def test_without_activation_rounding_every_layout_agrees(trained, prompts, served):
+    """Sharding, expert parallelism and compilation, free of rounding's chaos."""
+    truth = trained("none")
+    none = options(activation_scale="none")
+    single = served(MODEL, prompts, **none)["logits"]
+    assert kl(truth, single) < 1e-4
+    parallel = {"tensor_parallel_size": 2, **none}
+    for layout in (parallel, {**parallel, "enable_expert_parallel": True}):
+        assert kl(single, served(MODEL, prompts, **layout)["logits"]) < 1e-4
+
+
+@pytest.mark.parametrize("layout", [{"enforce_eager": False}, {"tensor_parallel_size": 2}])
+def test_other_layouts_keep_the_trained_numerics(trained, prompts, served, layout):
+    truth = trained("ue8m0")
+    dropped = served(MODEL, prompts, **options(activation_scale="fp32"))["logits"]
+    assert kl(truth, served(MODEL, prompts, **layout)["logits"]) < kl(truth, dropped) / 2
+
+
+def test_other_containers_and_no_flag(prompts, served, tmp_path):
+    """e8m0 and uint8 scales, and quant_method ue8m0 without a flag: the same logits, bit for bit"""
+    folder = tmp_path / "bytes"
+    shutil.copytree(MODEL, folder)
+    weights = load_file(MODEL / "model.safetensors")
+    names = [name for name in weights if name.endswith("weight_scale_inv")]
+    for i, name in enumerate(names):
+        code = (weights[name].view(torch.int32) >> 23).to(torch.uint8)
+        weights[name] = code if i % 2 else code.view(torch.float8_e8m0fnu)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "ue8m0"
+    (folder / "config.json").write_text(json.dumps(config))
+    expected = served(MODEL, prompts, generate=32)
+    found = served(folder, prompts, generate=32, quantization=None)
+    assert all(map(torch.equal, expected["logits"], found["logits"]))
+    assert expected["greedy"] == found["greedy"]
+
+
+def test_mtp_draft(prompts, served):
+    """Speculative decoding with the MTP layer: drafts are accepted, the text stays the same."""
+    plain = served(MODEL, prompts, generate=32)
+    draft = {"method": "mtp", "num_speculative_tokens": 1}
+    run = served(MODEL, prompts[:1], generate=32, speculative_config=draft)
+    assert run["accepted"] > 0
+    same = [a == b for a, b in zip(plain["greedy"][0], run["greedy"][0], strict=True)]
+    assert sum(same) > 8
+
+
+@pytest.mark.skipif(not GPU, reason="vLLM's CPU build has no FP8 cache for MLA")
+def test_fp8_kv_cache(trained, prompts, served):
+    run = served(MODEL, prompts, kv_cache_dtype="fp8")
+    assert kl(trained("ue8m0"), run["logits"]) < 0.1
+
+
+def test_dummy_weights_give_finite_logits(prompts, served):
+    run = served(MODEL, prompts[:1], load_format="dummy")
+    assert run["logits"][0].isfinite().all()

@@ -1,0 +1,50 @@
+"""The dependency rules of docs/design.md."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "vllm_ue8m0"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAY_IMPORT = {
+    "vllm": {"plugin/compat.py"},
+    "triton": {"portable.py", "kernels/*"},
+    "vllm_ue8m0.plugin": {"plugin/*"},
+    "vllm_ue8m0.cli": set(),
+}
+
+
+def imports(path):
+    """Absolute names of every module that a file imports, at any depth."""
+    package = ("vllm_ue8m0", *path.relative_to(PACKAGE).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *filter(None, [node.module])))
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    relative = path.relative_to(PACKAGE)
+    for name in imports(path):
+        for target, allowed in MAY_IMPORT.items():
+            if name == target or name.startswith(f"{target}."):
+                assert any(relative.match(pattern) for pattern in allowed), (
+                    f"{relative} imports {name}; only {sorted(allowed)} may"
+                )
+
+
+def test_rules_see_something():
+    assert "vllm.logger" in set(imports(PACKAGE / "plugin/compat.py"))
+    assert any(name.startswith("triton") for name in imports(PACKAGE / "kernels/gemm.py"))
+    assert "vllm_ue8m0.formats" in set(imports(PACKAGE / "plugin/config.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= 300
