@@ -151,20 +151,25 @@ def write_bf16(gguf: Path, directory: Path) -> None:
     write_json(directory / "config.json", config)
 
 
+def prepare(dst: Path, cache: Path, bf16: Path | None = None) -> None:
+    """Write the UE8M0 checkpoint to dst, by way of a bf16 one that is kept if `bf16` names it."""
+    gguf = fetch(cache)
+    with tempfile.TemporaryDirectory() as temporary:
+        unquantized = bf16 or Path(temporary)
+        print("1/2 GGUF -> bf16", file=sys.stderr)
+        write_bf16(gguf, unquantized)
+        print("2/2 bf16 -> UE8M0", file=sys.stderr)
+        summary = vllm_ue8m0.convert(unquantized, dst, progress=Progress())
+    print(f"{dst}: {json.dumps(summary._asdict())}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prepare SmolLM2-135M-Instruct in UE8M0 FP8.")
     parser.add_argument("dst", type=Path, help="new directory for the UE8M0 checkpoint")
     parser.add_argument("--bf16", type=Path, help="keep the bf16 checkpoint here")
     parser.add_argument("--cache", type=Path, default=Path("smollm2-cache"))
     options = parser.parse_args()
-    gguf = fetch(options.cache)
-    with tempfile.TemporaryDirectory() as temporary:
-        bf16 = options.bf16 or Path(temporary)
-        print("1/2 GGUF -> bf16", file=sys.stderr)
-        write_bf16(gguf, bf16)
-        print("2/2 bf16 -> UE8M0", file=sys.stderr)
-        summary = vllm_ue8m0.convert(bf16, options.dst, progress=Progress())
-    print(f"{options.dst}: {json.dumps(summary._asdict())}")
+    prepare(options.dst, options.cache, options.bf16)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ def main(model: str, tokens_file: str, out_file: str, options: dict) -> None:
             )
             outputs = llm.generate([{"prompt_token_ids": p[:32]} for p in prompts], params)
             greedy = [list(output.outputs[0].token_ids) for output in outputs]
-    counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    counters = {
+        metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")
+    }
     accepted = counters.get("vllm:spec_decode_num_accepted_tokens", 0)
     torch.save({"logits": results, "greedy": greedy, "accepted": accepted}, out_file)
 

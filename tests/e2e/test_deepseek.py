@@ -57,7 +57,6 @@ def test_kl_order(trained, prompts, served, tmp_path):
         shutil.copytree(MODEL, folder)
     changed, wrong = dict(weights), dict(weights)
     for name in [n for n in weights if n.endswith("weight_scale_inv")]:
-        # the same values up to 2 ulp of float32 per element cannot be had: rescale the codes
         w = name.replace("_scale_inv", "")
         factor = 1.37
         values = weights[w].to(torch.float32) / factor
@@ -77,22 +76,35 @@ def test_kl_order(trained, prompts, served, tmp_path):
     assert found["ue8m0"] < found["requantized"] < found["relabelled"] / 5
 
 
-def test_without_activation_rounding_every_layout_agrees(trained, prompts, served):
-    """Sharding, expert parallelism and compilation, free of rounding's chaos."""
-    truth = trained("none")
-    none = options(activation_scale="none")
-    single = served(MODEL, prompts, **none)["logits"]
-    assert kl(truth, single) < 1e-4
-    parallel = {"tensor_parallel_size": 2, **none}
-    for layout in (parallel, {**parallel, "enable_expert_parallel": True}):
-        assert kl(single, served(MODEL, prompts, **layout)["logits"]) < 1e-4
+def test_parallel_layouts_agree(prompts, served):
+    """In float32 without rounding, where a bf16 unit cannot flip a route: only sums reorder."""
+    plain = {"dtype": "float32", **options(activation_scale="none")}
+    single = served(MODEL, prompts, **plain)["logits"]
+    for layout in ({}, {"enable_expert_parallel": True}):
+        run = served(MODEL, prompts, tensor_parallel_size=2, **plain, **layout)
+        assert "scale grids finer than 128" in run["log"]
+        found = kl(single, run["logits"])
+        print(layout, found)
+        assert found < 1e-6
 
 
-@pytest.mark.parametrize("layout", [{"enforce_eager": False}, {"tensor_parallel_size": 2}])
-def test_other_layouts_keep_the_trained_numerics(trained, prompts, served, layout):
+def test_compiled_graph_keeps_the_numerics(prompts, served):
+    """In float32: Inductor fuses norms and so moves bf16 roundings, which flips codes."""
+    eager = served(MODEL, prompts, dtype="float32")["logits"]
+    compiled = served(MODEL, prompts, dtype="float32", enforce_eager=False)["logits"]
+    dropped = served(MODEL, prompts, dtype="float32", **options(activation_scale="fp32"))
+    found = kl(eager, compiled)
+    print(found, kl(eager, dropped["logits"]))
+    assert found < 1e-3
+    assert found < kl(eager, dropped["logits"]) / 10
+
+
+def test_tensor_parallel_rounds_like_the_trained_model(trained, prompts, served):
+    """Cut blocks give finer activation groups along K, the rest is the trained numerics."""
     truth = trained("ue8m0")
-    dropped = served(MODEL, prompts, **options(activation_scale="fp32"))["logits"]
-    assert kl(truth, served(MODEL, prompts, **layout)["logits"]) < kl(truth, dropped) / 2
+    found = kl(truth, served(MODEL, prompts, tensor_parallel_size=2)["logits"])
+    print(found)
+    assert found < kl(truth, trained("fp32"))
 
 
 def test_other_containers_and_no_flag(prompts, served, tmp_path):
