@@ -223,3 +223,34 @@ def test_unknown_option_is_refused(tp):
         pytest.raises(ValueError, match="unknown ue8m0 option 'activation_scales'"),
     ):
         L.ReplicatedLinear(128, 128, bias=False, quant_config=config())
+
+
+def test_amx_attention_takes_kv_b_proj_exactly(tp, monkeypatch):
+    """vLLM's AMX MLA backend must not requantize kv_b_proj to one scale; packing is left out."""
+    from types import SimpleNamespace
+
+    from vllm.v1.attention.backends.mla import amx_mla
+
+    w, scale, values = checkpoint(1024, 512)
+    layer = L.ColumnParallelLinear(
+        512, 1024, bias=False, quant_config=config(), prefix="model.layers.0.self_attn.kv_b_proj"
+    )
+    load(layer, w, scale)
+    layer.quant_method.process_weights_after_loading(layer)
+
+    def requantize(*args):
+        raise AssertionError("kv_b_proj was requantized per tensor")
+
+    monkeypatch.setattr(amx_mla, "_block_quant_to_tensor_quant", requantize)
+    packed = []
+    keep = lambda t: packed.append(t) or t  # noqa: E731
+    monkeypatch.setattr(torch.ops._C, "convert_weight_packed", keep)
+    impl = SimpleNamespace(
+        kv_b_proj=layer, kv_lora_rank=512, num_heads=4, qk_nope_head_dim=128, v_head_dim=128
+    )
+    amx_mla.AMXMLAImpl.process_weights_after_loading(impl, torch.float32)
+    assert impl._w_scale is None
+    k, v = values.view(4, 256, 512).split(128, dim=1)  # [heads, nope | v, latent]
+    assert {tuple(t.shape) for t in packed} == {(4, 512, 128), (4, 128, 512)}
+    for found in packed:
+        assert any(torch.equal(found, t) for t in (k.transpose(1, 2), v))

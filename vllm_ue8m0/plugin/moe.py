@@ -214,7 +214,7 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
             kinds.append(done.kind)
         self.dummy = False  # a real reload may follow
         self._build_kernel(layer)
-        finer = (BLOCK, BLOCK) not in (self.gran13, self.gran2) or self.gran13 != self.gran2
+        finer = {self.gran13, self.gran2} != {(BLOCK, BLOCK)}
         kind = kinds[0] if kinds[0] == kinds[1] else " / ".join(kinds)
         self.config.layer_done("experts", kind, finer, layer.w13_weight.device)
 

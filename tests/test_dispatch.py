@@ -1,0 +1,55 @@
+"""The backend that is chosen, and that nothing falls from a GPU to the CPU's in silence."""
+
+import pytest
+import torch
+
+from vllm_ue8m0 import dispatch
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.delenv("UE8M0_BACKEND", raising=False)
+    dispatch.choose.cache_clear()
+    yield
+    dispatch.choose.cache_clear()
+
+
+def gpu(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+
+
+def test_cpu_takes_the_reference():
+    assert dispatch.choose("cpu").name == "reference"
+    assert "chosen   reference" in dispatch.table("cpu")
+
+
+def test_gpu_takes_triton(monkeypatch):
+    gpu(monkeypatch, (9, 0))
+    assert dispatch.choose("cuda").name == "portable"
+
+
+def test_old_gpu_is_refused_with_every_reason(monkeypatch):
+    gpu(monkeypatch, (8, 0))
+    with pytest.raises(RuntimeError, match=r"portable: needs sm_89.*sm_80; reference: .*silently"):
+        dispatch.choose("cuda")
+
+
+def test_gpu_without_triton_does_not_fall_back(monkeypatch):
+    gpu(monkeypatch, (9, 0))
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        dispatch.choose("cuda")
+
+
+def test_named_backend_is_that_or_an_error(monkeypatch):
+    monkeypatch.setenv("UE8M0_BACKEND", "reference")
+    gpu(monkeypatch, (9, 0))
+    assert dispatch.choose("cuda").name == "reference"
+    dispatch.choose.cache_clear()
+    monkeypatch.setenv("UE8M0_BACKEND", "portable")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="only in its interpreter"):
+        dispatch.choose("cpu")
+    monkeypatch.setenv("UE8M0_BACKEND", "cutlass")
+    with pytest.raises(ValueError, match="allowed: auto, portable, reference"):
+        dispatch.choose("cuda")
