@@ -36,7 +36,13 @@ class Rounding:
     """Where implementations of the same op differ; the defaults are vLLM's native ones (CPU)."""
 
     rope_products: bool = True  # x * cos and x' * sin are rounded before they are added
-    residual_before_norm: bool = False  # RMSNorm sees the rounded sum, as in vLLM's CUDA kernel
+    residual_before_norm: bool = False  # RMSNorm sees the rounded sum
+    normed: bool = True  # RMSNorm's x / rms is rounded before it is multiplied by the weight
+
+
+# vLLM 0.26's CUDA kernels. The norms are checked: recorded on an H100, their outputs equal this
+# bit for bit (2026-11-22). RoPE is not.
+CUDA = Rounding(rope_products=False, residual_before_norm=True, normed=False)
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
         normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return bf16(bf16(normed) * bf16(self.weight))
+        return bf16((bf16(normed) if ctx.rounding.normed else normed) * bf16(self.weight))
 
 
 def rope(x: Tensor, ctx: Context) -> Tensor:
@@ -114,9 +120,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         act = ctx.act
         a = act(x)
-        q = self.q_b_proj(act(self.q_a_layernorm(bf16(self.q_a_proj(a)))))
+        q = self.q_b_proj(act(self.q_a_layernorm(bf16(self.q_a_proj(a)), ctx)))
         latent, k_rope = bf16(self.kv_a_proj_with_mqa(a)).split([self.lora, self.rope], -1)
-        kv = self.kv_b_proj(act(self.kv_a_layernorm(latent)))
+        kv = self.kv_b_proj(act(self.kv_a_layernorm(latent, ctx)))
         q, kv = (bf16(t).unflatten(-1, (self.heads, -1)) for t in (q, kv))
         (q, q_rope), (k, v) = q.split([self.nope, self.rope], -1), kv.split([self.nope, self.v], -1)
         k_rope = rope(k_rope.unsqueeze(2), ctx).expand(-1, -1, self.heads, -1)
@@ -208,8 +214,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """Takes and returns residual + branch, which ctx may leave for the next norm to round."""
         before_norm = bf16 if ctx.rounding.residual_before_norm else lambda total: total
-        x = before_norm(bf16(x) + self.self_attn(self.input_layernorm(x), ctx))
-        return before_norm(bf16(x) + self.mlp(self.post_attention_layernorm(x), ctx))
+        x = before_norm(bf16(x) + self.self_attn(self.input_layernorm(x, ctx), ctx))
+        return before_norm(bf16(x) + self.mlp(self.post_attention_layernorm(x, ctx), ctx))
 
 
 class MTPLayer(Layer):
@@ -223,8 +229,8 @@ class MTPLayer(Layer):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(H, c.rms_norm_eps)})
 
     def predict(self, hidden: Tensor, embedded: Tensor, ctx: Context) -> Tensor:
-        joined = torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1)
-        return self.shared_head["norm"](bf16(self.forward(self.eh_proj(joined), ctx)))
+        joined = torch.cat((self.enorm(embedded, ctx), self.hnorm(hidden, ctx)), -1)
+        return self.shared_head["norm"](bf16(self.forward(self.eh_proj(joined), ctx)), ctx)
 
 
 class TinyDeepseek(nn.Module):
@@ -273,7 +279,7 @@ class TinyDeepseek(nn.Module):
         *layers, mtp_layer = self.model.layers
         for layer in layers:
             x = layer(x, ctx)
-        hidden = self.model.norm(x)
+        hidden = self.model.norm(x, ctx)
         if not mtp:
             return self.lm_head(hidden), None
         following = embedded.roll(-1, 1)
