@@ -25,6 +25,7 @@ def load(directory):
     from vllm.distributed.parallel_state import model_parallel_is_initialized
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
+    from vllm.utils.network_utils import get_open_port
 
     config = EngineArgs(
         directory, quantization="ue8m0", enforce_eager=True, max_model_len=128,
@@ -32,7 +33,8 @@ def load(directory):
     ).create_engine_config()  # fmt: skip
     with set_current_vllm_config(config):
         if not model_parallel_is_initialized():
-            init_distributed_environment(1, 0, "tcp://127.0.0.1:29531", 0, "gloo")
+            address = f"tcp://127.0.0.1:{get_open_port()}"
+            init_distributed_environment(1, 0, address, 0, "gloo")
             initialize_model_parallel(1, 1)
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
