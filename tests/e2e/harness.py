@@ -34,12 +34,3 @@ def kl(reference, other):
         total += (log_p.exp() * (log_p - log_q)).sum().item()
         tokens += len(p)
     return total / tokens
-
-
-def perplexity(logits, prompts):
-    """exp of the mean negative log-likelihood of each next token of the prompts."""
-    losses = [
-        torch.nn.functional.cross_entropy(row[:-1].double(), torch.tensor(p[1:]), reduction="sum")
-        for row, p in zip(logits, prompts, strict=True)
-    ]
-    return torch.exp(sum(losses) / sum(len(p) - 1 for p in prompts)).item()

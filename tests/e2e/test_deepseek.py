@@ -135,7 +135,10 @@ def test_other_containers_and_no_flag(prompts, served, tmp_path):
 
 
 def test_mtp_draft(prompts, served):
-    """Speculative decoding with the MTP layer: drafts are accepted, the text stays the same."""
+    """Speculative decoding with the MTP layer: drafts are accepted, the text starts the same.
+
+    Verifying two tokens at once reorders float32 sums, so it may part at a near-tie.
+    """
     plain = served(MODEL, prompts, generate=32)
     draft = {"method": "mtp", "num_speculative_tokens": 1}
     run = served(MODEL, prompts[:1], generate=32, speculative_config=draft)

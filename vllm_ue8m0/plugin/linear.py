@@ -15,7 +15,7 @@ import torch
 
 from .. import ops  # noqa: F401  (defines torch.ops.vllm_ue8m0)
 from ..formats import BLOCK, FP8_NAN_CODE, MIN_GROUP_K
-from ..layouts import common_gran, grid_shape
+from ..layouts import ceil_div, common_gran, grid_shape
 from . import compat
 from .weights import decode_loaded_scale, encode
 
@@ -162,7 +162,7 @@ class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
             scale = fix_dummy_scales(scale)
             self.dummy = False  # a real reload may follow
         gran = tuple(layer.weight_block_size)
-        segments = [-(-size // gran[0]) for size in layer.logical_widths]
+        segments = [ceil_div(size, gran[0]) for size in layer.logical_widths]
         done = encode(
             layer.weight.data, scale, segments, gran, self.config.spec.non_pow2, self.prefix
         )
