@@ -20,6 +20,12 @@ def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
     return bool(equal.all())
 
 
+def same_quantized(got, wanted) -> None:
+    """Codes and scales, bit for bit."""
+    assert same_bits(got[0], wanted[0]), "codes differ"
+    assert same_bits(got[1], wanted[1]), "scales differ"
+
+
 def calc_diff(x: np.ndarray, y: np.ndarray) -> float:
     """1 - 2 <x, y> / (<x, x> + <y, y>), as DeepGEMM's tests measure it."""
     return float(1 - 2 * (x * y).sum() / ((x * x).sum() + (y * y).sum()))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vllm_ue8m0
+from vllm_ue8m0.bench import QUANT_OPS
 from vllm_ue8m0.checkpoint.convert import QUANT_METHODS, TARGETS
 from vllm_ue8m0.checkpoint.steps import SCALE_DTYPES
 from vllm_ue8m0.cli import main
@@ -38,6 +39,17 @@ def test_convert(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "100%" in captured.err
     assert main(["convert", target, str(tmp_path / "back"), "--to", "bf16"]) == 0
     assert load_file(tmp_path / "back" / "model.safetensors")["a.weight"].dtype == torch.bfloat16
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    path = tmp_path / "results.jsonl"
+    path.write_text(
+        '{"bench": "act_quant", "M": 1, "N": null, "K": 7168, "ours_us": 2.0, "limit_us": 1.0, '
+        '"peers_us": {"vllm": 4.0}, "context_us": {}, "num_bytes": 21560, "ours": "portable", '
+        '"gpu": "Test GPU", "versions": {}, "date": "2026-11-22", "scale": "ue8m0"}\n'
+    )
+    return path
 
 
 def break_config(source: Path) -> None:
@@ -69,11 +81,69 @@ def test_errors_are_one_line(
     assert lines[0].startswith("vllm-ue8m0 convert: ") and words in lines[0]
 
 
-@pytest.mark.parametrize("arguments", [[], ["convert"], ["convert", "a", "b", "--to", "int8"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["convert"],
+        ["convert", "a", "b", "--to", "int8"],
+        ["bench"],
+        ["bench", "quant", "--only", "gemm"],
+        ["bench", "plot", "results.jsonl"],
+    ],
+)
 def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert "usage: vllm-ue8m0" in capsys.readouterr().err
+
+
+def test_bench_needs_a_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "results.jsonl"
+    assert main(["bench", "quant", "--only", "act_quant", "weight_quant", "--out", str(out)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("vllm-ue8m0 bench: no CUDA device (torch ")
+    assert "`vllm-ue8m0 bench show FILE.jsonl`" in lines[0]
+    assert not any(tmp_path.iterdir())
+
+
+def test_bench_shows_and_plots_what_was_recorded(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "show", str(recorded)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("act_quant\n") and "vllm 2.00 over 1" in text
+    pytest.importorskip("matplotlib")
+    assert main(["bench", "plot", str(recorded), str(tmp_path / "results.png")]) == 0
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_errors_are_one_line(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "missing.jsonl"
+    with recorded.open("a") as file:
+        file.write("not json\n")
+    for arguments, words in (
+        (["show", str(missing)], f"No such file or directory: '{missing}'"),
+        (["show", str(recorded)], f"{recorded}:2: not a benchmark record: Expecting value"),
+        (["plot", str(recorded), "results.svg"], f"{recorded}:2: "),
+    ):
+        assert main(["bench", *arguments]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("vllm-ue8m0 bench: ") and words in lines[0]
+
+
+def test_bench_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "quant", "--help"])
+    text = capsys.readouterr().out
+    assert all(op in text for op in QUANT_OPS)
 
 
 def test_choices_are_those_of_convert(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,10 +154,14 @@ def test_choices_are_those_of_convert(capsys: pytest.CaptureFixture[str]) -> Non
         assert "{" + ",".join(choices) + "}" in text
 
 
-def test_version_loads_no_torch() -> None:
-    code = "import sys; from vllm_ue8m0.cli import main\ntry: main(['--version'])\n"
-    code += "finally: print('torch' in sys.modules)"
+@pytest.mark.parametrize("arguments", [["--version"], ["bench", "show", "RECORDED"]])
+def test_verbs_that_need_no_torch_load_none(arguments: list[str], recorded: Path) -> None:
+    arguments = [str(recorded) if a == "RECORDED" else a for a in arguments]
+    code = f"import sys; from vllm_ue8m0.cli import main\ntry: main({arguments})\n"
+    code += "finally: print({'torch', 'triton', 'vllm', 'matplotlib'} & {*sys.modules})"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert result.stdout.split() == ["vllm-ue8m0", vllm_ue8m0.__version__, "False"]
+    expected = f"vllm-ue8m0 {vllm_ue8m0.__version__}\n" if "--version" in arguments else "act_q"
+    assert result.stdout.startswith(expected)
+    assert result.stdout.splitlines()[-1] == "set()"

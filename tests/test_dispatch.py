@@ -19,37 +19,55 @@ def gpu(monkeypatch, capability):
 
 
 def test_cpu_takes_the_reference():
-    assert dispatch.choose("cpu").name == "reference"
-    assert "chosen   reference" in dispatch.table("cpu")
+    assert dispatch.choose("linear", "cpu").name == "reference"
+    lines = [line.split()[:3] for line in dispatch.table("cpu").splitlines()]
+    assert ["linear", "reference", "chosen"] in lines and ["linear", "portable", "refused"] in lines
+    assert {line[0] for line in lines} == set(dispatch.OPERATORS)
 
 
 def test_gpu_takes_triton(monkeypatch):
     gpu(monkeypatch, (9, 0))
-    assert dispatch.choose("cuda").name == "portable"
+    assert dispatch.choose("linear", "cuda").name == "portable"
 
 
 def test_old_gpu_is_refused_with_every_reason(monkeypatch):
     gpu(monkeypatch, (8, 0))
     with pytest.raises(RuntimeError, match=r"portable: needs sm_89.*sm_80; reference: .*silently"):
-        dispatch.choose("cuda")
+        dispatch.choose("linear", "cuda")
+
+
+def test_quantization_starts_at_sm_80(monkeypatch):
+    gpu(monkeypatch, (8, 0))
+    lines = {tuple(line.split()[:3]) for line in dispatch.table("cuda").splitlines()}
+    assert {("rms_norm_quant", "portable", "chosen"), ("gemm", "portable", "refused")} <= lines
+    assert dispatch.choose("act_quant", "cuda").name == "portable"
+    gpu(monkeypatch, (7, 5))
+    dispatch.choose.cache_clear()
+    with pytest.raises(RuntimeError, match=r"act_quant .*needs sm_80 or newer, this GPU is sm_75"):
+        dispatch.choose("act_quant", "cuda")
+
+
+def test_every_backend_has_every_operator():
+    for backend in dispatch.BACKENDS:
+        assert all(callable(getattr(backend.load(), op)) for op in dispatch.OPERATORS)
 
 
 def test_gpu_without_triton_does_not_fall_back(monkeypatch):
     gpu(monkeypatch, (9, 0))
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="triton is not installed"):
-        dispatch.choose("cuda")
+        dispatch.choose("linear", "cuda")
 
 
 def test_named_backend_is_that_or_an_error(monkeypatch):
     monkeypatch.setenv("UE8M0_BACKEND", "reference")
     gpu(monkeypatch, (9, 0))
-    assert dispatch.choose("cuda").name == "reference"
+    assert dispatch.choose("linear", "cuda").name == "reference"
     dispatch.choose.cache_clear()
     monkeypatch.setenv("UE8M0_BACKEND", "portable")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="only in its interpreter"):
-        dispatch.choose("cpu")
+        dispatch.choose("linear", "cpu")
     monkeypatch.setenv("UE8M0_BACKEND", "cutlass")
     with pytest.raises(ValueError, match="allowed: auto, portable, reference"):
-        dispatch.choose("cuda")
+        dispatch.choose("linear", "cuda")

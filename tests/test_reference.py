@@ -54,7 +54,7 @@ def test_gemm_a_few_rows_at_a_time(device, monkeypatch):
     a_s = torch.full((3, 2), 127, dtype=U8, device=device)
     sf = random_scale(5, 2, dtype=U8, device=device)
     whole = reference.gemm(a, a_s, w, sf, None, None, (64, 128), F32)
-    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 192 * 100)
+    monkeypatch.setattr(reference.products, "_CHUNK_ELEMENTS", 192 * 100)
     chunked = reference.gemm(a, a_s, w, sf, None, None, (64, 128), F32)
     torch.testing.assert_close(chunked, whole)
 

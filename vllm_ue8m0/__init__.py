@@ -12,6 +12,9 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "act_quant": "ops",
+    "silu_mul_quant": "ops",
+    "rms_norm_quant": "ops",
+    "weight_quant": "ops",
     "weight_dequant": "ops",
     "fp8_gemm": "ops",
     "convert_scale_to_ue8m0": "codec",

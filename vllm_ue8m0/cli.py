@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from . import __version__
+from .bench import QUANT_OPS, BenchError
 from .checkpoint.shards import CheckpointError
 from .formats import ConfigError
 
@@ -58,9 +59,50 @@ def _convert(options: Options) -> None:
     )
 
 
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="benchmark", metavar="WHAT", required=True)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=text, description=text)
+
+    quant = add("quant", "time the quantizers on this machine's GPU, beside vLLM's and a copy")
+    quant.add_argument(
+        "--only",
+        nargs="+",
+        choices=QUANT_OPS,
+        default=[],
+        metavar="NAME",
+        help=", ".join(QUANT_OPS),
+    )
+    quant.add_argument("--quick", action="store_true", help="a small and a large case of each")
+    quant.add_argument(
+        "--out",
+        metavar="FILE.jsonl",
+        help="write one JSON record per line; FILE.jsonl.partial until the last is measured",
+    )
+    quant.add_argument("--plot", metavar="FILE.svg", help="draw the results: .svg, .png or .pdf")
+    show = add("show", "print the table of recorded results; needs no GPU")
+    plot = add("plot", "draw recorded results; needs no GPU")
+    for recorded in (show, plot):
+        recorded.add_argument("records", metavar="FILE.jsonl", help="what --out wrote")
+    plot.add_argument("picture", metavar="FILE.svg", help=".svg, .png or .pdf")
+
+
+def _bench(options: Options) -> None:
+    from .bench import command
+
+    if options.benchmark == "quant":
+        command.quant(options.only, options.quick, options.out, options.plot)
+    elif options.benchmark == "show":
+        command.show(options.records)
+    else:
+        command.draw(options.records, options.picture)
+
+
 Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[Options], None]]
 VERBS: dict[str, Verb] = {
     "convert": ("write a checkpoint in another format", _convert_arguments, _convert),
+    "bench": ("time the operators, show and plot results", _bench_arguments, _bench),
 }
 
 
@@ -74,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         VERBS[options.verb][2](options)
-    except (ConfigError, CheckpointError, OSError) as error:
+    except (ConfigError, CheckpointError, BenchError, OSError) as error:
         print(f"vllm-ue8m0 {options.verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

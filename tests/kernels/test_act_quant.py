@@ -4,9 +4,10 @@ import golden
 import numpy as np
 import pytest
 import torch
-from checks import same_bits
+from checks import same_bits, same_quantized
 
 from vllm_ue8m0 import portable, reference
+from vllm_ue8m0.layouts import SCALE_LAYOUTS, from_layout
 
 BACKENDS = pytest.mark.parametrize("backend", [reference, portable], ids=["reference", "portable"])
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -135,7 +136,7 @@ def test_strided_rows_and_leading_dimensions(backend, device):
     assert same_bits(
         backend.act_quant(rows, 64, False)[1], backend.act_quant(rows.contiguous(), 64, False)[1]
     )
-    columns = wide[0].t()  # no unit stride
+    columns = wide[0, :, :150].t()  # no unit stride
     assert same_bits(
         backend.act_quant(columns, 128, True)[0],
         backend.act_quant(columns.contiguous(), 128, True)[0],
@@ -146,6 +147,85 @@ def test_strided_rows_and_leading_dimensions(backend, device):
 def test_empty(backend, device):
     q, s = backend.act_quant(torch.zeros(0, 300, device=device), 128, True)
     assert q.shape == (0, 300) and s.shape == (0, 3)
+
+
+@BACKENDS
+@pytest.mark.parametrize(("M", "K"), [(1, 128), (5, 300), (67, 576), (130, 640)])
+@pytest.mark.parametrize("layout", SCALE_LAYOUTS)
+def test_layouts(backend, device, poison, layout, M, K):
+    x = torch.randn(M, K, device=device).bfloat16()
+    x[M // 2, K // 2] = golden.NAN
+    q, s = backend.act_quant(x, 128, True, layout=layout)
+    codes, scales = golden.act_quant_ue8m0(x, 128)
+    groups = -(-K // 128)
+    np.testing.assert_array_equal(from_layout(s, groups).cpu().numpy(), scales)
+    np.testing.assert_array_equal(q.view(torch.uint8).cpu().numpy(), codes)
+    if layout == "mn_major":
+        assert s.shape == (M, groups) and s.stride(0) == 1 and s.stride(1) % 16 == 0
+    if layout == "mn_major_packed":
+        assert s.dtype == torch.int32 and s.shape == (M, -(-groups // 4))
+        assert s.stride(0) == 1 and s.stride(1) % 4 == 0
+        # Little-endian: group 0 is the low byte; bytes beyond the last group are 0.
+        np.testing.assert_array_equal((s[:, 0] & 0xFF).cpu().numpy(), scales[:, 0])
+        assert groups % 4 == 0 or not (s[:, -1].cpu() >> (groups % 4 * 8)).any()
+
+
+@BACKENDS
+def test_float_scales_column_major(backend, device, poison):
+    x = torch.randn(37, 300, device=device).bfloat16()
+    q, s = backend.act_quant(x, 128, False, layout="mn_major")
+    assert s.dtype == torch.float32 and s.stride() == (1, 40)
+    same_quantized((q, s.contiguous()), backend.act_quant(x, 128, False))
+
+
+@pytest.mark.parametrize("layout", SCALE_LAYOUTS)
+@pytest.mark.parametrize("ue8m0", [True, False])
+def test_only_counted_rows_of_each_expert(device, poison, layout, ue8m0):
+    if layout == "mn_major_packed" and not ue8m0:
+        pytest.skip("packed scales are bytes")
+    x = torch.randn(4, 70, 576, device=device).bfloat16()
+    counts = torch.tensor([70, 0, 33, 1000], dtype=torch.int32, device=device)
+    q, s = portable.act_quant(x, 128, ue8m0, layout=layout, counts=counts)
+    wanted_q, wanted_s = reference.act_quant(x, 128, ue8m0, layout=layout, counts=counts)
+    assert s.stride() == wanted_s.stride()
+    for e, count in enumerate([70, 0, 33, 70]):
+        same_quantized((q[e, :count], s[e, :count]), (wanted_q[e, :count], wanted_s[e, :count]))
+        assert (q[e, count:].view(torch.uint8) == 0x7F).all()  # still poison
+    counts = torch.zeros(4, dtype=torch.int64, device=device)
+    q, _ = portable.act_quant(x, 128, ue8m0, layout=layout, counts=counts)
+    assert (q.view(torch.uint8) == 0x7F).all()
+
+
+@pytest.mark.parametrize("layout", SCALE_LAYOUTS)
+def test_rows_go_where_they_are_sent(device, poison, layout):
+    M, copies, out_rows = 45, 3, 150
+    x = torch.randn(M, 576, device=device).bfloat16()
+    places = torch.randperm(out_rows)[: M * copies].view(M, copies).to(torch.int32)
+    places[torch.rand(M, copies) < 0.3] = -1
+    places = places.to(device)
+    kind = {"layout": layout, "destinations": places, "out_rows": out_rows}
+    q, s = portable.act_quant(x, 128, True, **kind)
+    wanted_q, wanted_s = reference.act_quant(x, 128, True, **kind)
+    plain = reference.act_quant(x, 128, True)
+    written = places[places >= 0].to(torch.int64)
+    same_quantized((q[written], s[written]), (wanted_q[written], wanted_s[written]))
+    token = (places >= 0).nonzero()[:, 0]
+    assert same_bits(wanted_q[written], plain[0][token])
+    rest = torch.ones(out_rows, dtype=torch.bool, device=device)
+    rest[written] = False
+    assert rest.any() and (q.view(torch.uint8)[rest] == 0x7F).all()
+
+
+@pytest.mark.parametrize("layout", SCALE_LAYOUTS)
+@pytest.mark.parametrize("M", [64, 65, 257, 2049])
+def test_every_launch_configuration(device, poison, M, layout):
+    if device == "cpu" and (M in (65, 2049) or (M, layout) == (64, "mn_major")):
+        pytest.skip("slow in the interpreter")
+    x = torch.randn(M, 56 * 32, device=device).bfloat16()
+    same_quantized(
+        portable.act_quant(x, 32, True, layout=layout),
+        reference.act_quant(x, 32, True, layout=layout),
+    )
 
 
 def test_offsets_beyond_32_bits(device, monkeypatch):

@@ -1,4 +1,4 @@
-"""Every kernel compiles for sm_89 and sm_90, without a GPU; run as a script it is the compiler.
+"""Every kernel compiles for each GPU it serves, without one; run as a script it is the compiler.
 
 A process of its own, because triton's interpreter replaces the language when it is imported.
 """
@@ -12,64 +12,153 @@ from pathlib import Path
 
 import pytest
 
-BYTES, CODES, F32, BF16, I64 = "*u8", "*fp8e4nv", "*fp32", "*bf16", "*i64"
+BYTES, CODES, F32, BF16, I32, I64 = "*u8", "*fp8e4nv", "*fp32", "*bf16", "*i32", "*i64"
+# Every value of these is a multiple of 16 where it matters: 16-byte accesses.
+ALIGNED = ("N", "K", "stride_am", "stride_wn", "stride_we", "stride_xm", "stride_m", "stride_rm")
+ALIGNED += ("stride_xe", "stride_e")
 
 
-@pytest.mark.parametrize("capability", [89, 90])
-def test_compiles(capability):
+def report(capability):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     run = subprocess.run(
         [sys.executable, __file__, str(capability)], env=env, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    report = dict(line.split(": ", 1) for line in run.stdout.splitlines())
-    assert len(report) == 9
+    return dict(line.split(": ", 1) for line in run.stdout.splitlines())
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+def test_quantization_compiles(capability):
+    lines = report(capability)
+    kernels = {name: line for name, line in lines.items() if "quant" in name or "silu" in name}
+    assert len(kernels) == 11
+    for name, line in kernels.items():
+        few = 256 if name == "weight_quant fp32" else 0  # with 4 warps, and faster all the same
+        assert int(re.search(r"spilled (\d+) ", line)[1]) <= few, f"{name}: {line}"
+        if name in ("act_quant ue8m0", "silu_mul_quant", "rms_norm_quant"):
+            assert "ld.global.v4.b32" in line and "st.global.v4.b32" in line  # 16 bytes each
+        if "_quant" in name and capability >= 89:
+            assert "cvt.rn.satfinite.e4m3x2.f32" in line, f"{name}: {line}"
+        pdl = name == "act_quant ue8m0" and capability >= 90
+        assert ("griddepcontrol.wait" in line) == pdl, f"{name}: {line}"
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+def test_products_compile(capability):
+    lines = report(capability)
     for rows in (16, 1024):
         instruction = "m16n8k32.row.col.f32.e4m3" if capability == 89 else "m64n128k32.f32.e4m3"
         if (capability, rows) != (90, 16):  # too few rows for wgmma: fp16 operands, as exact
-            assert instruction in report[f"gemm {rows}"]
-        assert "spilled 0 " in report[f"gemm {rows}"]
+            assert instruction in lines[f"gemm {rows}"]
+        assert "spilled 0 " in lines[f"gemm {rows}"]
+    assert "gemm bf16" in lines and "grouped_gemm" in lines
 
 
-def compile_all(capability: int) -> None:
-    """Print "name: spilled BYTES, matrix instructions" for each kernel."""
-    import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+_INSTRUCTIONS = r"""
+    wgmma\.mma_async\S+ | mma\.sync\S+ | cvt\.rn\.satfinite\.e4m3x2\.f32 | griddepcontrol\.wait
+  | (?:ld|st)\.global(?:\.\w+)*\.v4\.b32
+"""
 
-    from vllm_ue8m0.kernels import act_quant, gemm, grouped_gemm, silu_mul_quant, weight_dequant
 
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+class Compiler:
+    """Compiles one kernel at a time and prints "name: spilled BYTES, instructions of interest"."""
 
-    def build(name, kernel, pointers, constants, **options):
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def build(self, name, kernel, pointers, constants, **options):
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
         signature, attributes = {}, {}
         for i, argument in enumerate(kernel.arg_names):
             if argument in constants:
                 signature[argument] = "constexpr"
                 continue
-            signature[argument] = pointers.get(argument, "i32")
-            if argument in pointers or argument in (
-                "N",
-                "K",
-                "stride_am",
-                "stride_wn",
-                "stride_we",
-            ):
+            default = "fp32" if argument == "eps" else "i32"
+            signature[argument] = pointers.get(argument, default)
+            if argument in pointers or argument in ALIGNED:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         constants = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
         source = ASTSource(kernel, signature, constants, attributes)
-        target = GPUTarget("cuda", capability, 32)
+        target = GPUTarget("cuda", self.capability, 32)
+        # target_info asks the active driver, which a machine without a GPU does not have.
+        driver = type("Driver", (), {"get_current_target": staticmethod(lambda: target)})
+        triton.runtime.driver.set_active(driver())
         compiled = triton.compile(source, target=target, options=options)
+        tools = Path(triton.__file__).parent / "backends/nvidia/bin"
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(compiled.asm["cubin"])
             cubin.flush()
             command = [tools / "cuobjdump", "-res-usage", cubin.name]
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        used = set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)\S+", compiled.asm["ptx"]))
+        ptx = compiled.asm["ptx"]
+        used = set(re.findall(_INSTRUCTIONS, ptx, re.VERBOSE))
+        used = {re.sub(r"global\S*\.v4", "global.v4", instruction) for instruction in used}
         spilled = re.search(r"STACK:(\d+)", usage).group(1)
-        print(f"{name}: spilled {spilled} bytes, {' '.join(sorted(used))}", flush=True)
+        registers = re.search(r"REG:(\d+)", usage).group(1)
+        text = f"spilled {spilled} bytes, {registers} registers, {' '.join(sorted(used))}"
+        print(f"{name}: {text}", flush=True)
+
+
+def compile_quantization(build, capability: int) -> None:
+    from vllm_ue8m0.kernels import (
+        act_quant,
+        config,
+        rms_norm_quant,
+        silu_mul_quant,
+        weight_dequant,
+        weight_quant,
+    )
+
+    tile = {"FLOOR": 105, "GROUP": 128, "ROWS": 8, "GROUPS": 4, "PDL": False}
+    plain = {"MN_MAJOR": False, "PACKED": False}
+    dense = {"counts": None, "destinations": None, "COPIES": 0, "EXPERTS": 0}
+    kernel = act_quant._act_quant_kernel
+    for name, scale, pdl in (("ue8m0", BYTES, capability >= 90), ("fp32", F32, False)):
+        pointers = {"x": BF16, "q": BYTES, "s": scale}
+        constants = {**tile, **plain, **dense, "PDL": pdl}
+        build(f"act_quant {name}", kernel, pointers, constants)
+    pointers = {"x": BF16, "q": BYTES, "s": I32, "counts": I32, "destinations": I64}
+    packed = {"MN_MAJOR": True, "PACKED": True}
+    build("act_quant packed", kernel, pointers, {**tile, **packed, "COPIES": 8, "EXPERTS": 32})
+    pointers = {"gate_up": BF16, "out": BYTES, "s": BYTES}
+    kernel = silu_mul_quant._silu_mul_quant_kernel
+    build("silu_mul_quant", kernel, pointers, {**tile, **plain, **dense, "QUANTIZE": True})
+    constants = {**tile, **plain, **dense, "QUANTIZE": False, "s": None}
+    build("silu_mul", kernel, {"gate_up": BF16, "out": BF16}, constants)
+    kernel = rms_norm_quant._rms_norm_quant_kernel
+    pointers = dict.fromkeys(("x", "residual", "weight", "residual_out", "normed"), BF16)
+    pointers |= {"q": BYTES, "s": BYTES}
+    row = {**tile, **plain, "GROUPS": 64, "HAS_RESIDUAL": True, "HAS_NORMED": True}
+    del row["ROWS"]
+    build("rms_norm_quant", kernel, pointers, row, num_warps=8)
+    constants = {**row, "HAS_NORMED": False, "normed": None}
+    build("rms_norm_quant fp32", kernel, pointers | {"s": F32}, constants, num_warps=8)
+    kernel = weight_quant._weight_quant_kernel
+    for name, scale in (("ue8m0", BYTES), ("fp32", F32)):
+        pointers = {"w": BF16, "q": BYTES, "s": scale}
+        build(
+            f"weight_quant {name}",
+            kernel,
+            pointers,
+            {"BLOCK": 128},
+            num_warps=config.weight_quant_warps(scale == BYTES),
+        )
+    kernel = weight_dequant._weight_dequant_kernel
+    rows, columns, warps = weight_dequant.TILE
+    constants = {"c": None, "HAS_C": False, "BLOCK_N": rows, "BLOCK_K": columns}
+    for name, scale in (("ue8m0", BYTES), ("fp32", F32)):
+        pointers = {"w": BYTES, "sf": scale, "out": BF16}
+        build(f"weight_dequant {name}", kernel, pointers, constants, num_warps=warps)
+
+
+def compile_products(build) -> None:
+    import torch
+
+    from vllm_ue8m0.kernels import gemm, grouped_gemm
 
     def build_gemm(name, rows, dtype, kernel, pointers, constants):
         gran = (128, 128)
@@ -85,16 +174,6 @@ def compile_all(capability: int) -> None:
         grans = {"GRAN_N": gran[0], "GRAN_K": gran[1]}
         build(name, kernel, pointers, {**constants, **flags, **grans, **config}, **options)
 
-    quant = {"FLOOR": 105, "GROUP": 128, "ROWS": 16}
-    for name, scale in (("ue8m0", BYTES), ("fp32", F32)):
-        pointers = {"x": BF16, "q": BYTES, "s": scale}
-        build(f"act_quant {name}", act_quant._act_quant_kernel, pointers, quant)
-    pointers = {"gate_up": BF16, "out": BYTES, "s": BYTES}
-    kernel = silu_mul_quant._silu_mul_quant_kernel
-    build("silu_mul_quant", kernel, pointers, {**quant, "QUANTIZE": True})
-    pointers = {"w": CODES, "sf": BYTES, "out": BF16}
-    constants = {"c": None, "HAS_C": False, "BLOCK_N": 32, "BLOCK_K": 128}
-    build("weight_dequant", weight_dequant._weight_dequant_kernel, pointers, constants)
     dense = {"bias": None, "HAS_BIAS": False, "GROUP_M": 8}
     for rows in (16, 1024):
         dtype = torch.float8_e4m3fn
@@ -111,4 +190,7 @@ def compile_all(capability: int) -> None:
 
 
 if __name__ == "__main__":
-    compile_all(int(sys.argv[1]))
+    compiler = Compiler(int(sys.argv[1]))
+    compile_quantization(compiler.build, compiler.capability)
+    if compiler.capability in (89, 90):
+        compile_products(compiler.build)

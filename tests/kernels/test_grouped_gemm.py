@@ -38,7 +38,7 @@ KINDS = list(routings(1, 1))
 )
 def test_route_covers_every_slot_once(device, M, topk, block_m, kind, dtype):
     ids = routings(M, topk)[kind].to(dtype).to(device)
-    order, tiles = portable._route(ids, E, block_m)
+    order, tiles = portable.products._route(ids, E, block_m)
     tile_expert, tile_start, ends = (t.tolist() for t in tiles)
     order, flat, seen = order.tolist(), ids.flatten().tolist(), []
     for expert, start in zip(tile_expert, tile_start, strict=True):
@@ -64,7 +64,7 @@ def operands(rows, N, K, device, a_dtype=U8, w_dtype=U8, gran=GRAN):
 def run(a, a_s, w, sf, c, gran, ids, weights, gather, out_dtype):
     slots, topk = ids.numel(), ids.shape[1]
     config = gemm.tile_config(-(-slots // E), a.dtype, gran)
-    order, tiles = portable._route(ids, E, config["BLOCK_M"])
+    order, tiles = portable.products._route(ids, E, config["BLOCK_M"])
     out = torch.empty(slots, w.shape[1], dtype=out_dtype, device=a.device)
     grouped_gemm.launch(a, a_s, w, sf, c, gran, order, weights, tiles, topk, gather, config, out)
     return out, order

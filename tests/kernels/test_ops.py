@@ -36,6 +36,27 @@ def test_act_quant_leading_shapes_and_formats(backend, device):
     assert vllm_ue8m0.act_quant(x[:0])[0].shape == (0, 3, 300)
 
 
+def test_fused_quantizers(backend, device):
+    gate_up = torch.randn(2, 3, 600, device=device).bfloat16()
+    q, s = vllm_ue8m0.silu_mul_quant(gate_up, scale_fmt="ue8m0")
+    assert q.shape == (2, 3, 300) and s.shape == (2, 3, 3) and s.dtype == U8
+    alone = vllm_ue8m0.silu_mul_quant(gate_up[1, 2], scale_fmt="ue8m0")
+    assert same_bits(alone[0], q[1, 2]) and same_bits(alone[1], s[1, 2])
+    counts = torch.tensor([1, 3], device=device)
+    masked = vllm_ue8m0.silu_mul_quant(gate_up, scale_fmt="ue8m0", counts=counts)
+    assert same_bits(masked[0][1], q[1]) and same_bits(masked[1][0, 0], s[0, 0])
+
+    x, weight = gate_up[0], torch.rand(600, device=device).bfloat16()
+    q, s, total, normed = vllm_ue8m0.rms_norm_quant(x, weight, residual=gate_up[1], normed=True)
+    assert same_bits(total, x + gate_up[1]) and s.dtype == F32
+    wanted = vllm_ue8m0.act_quant(normed)
+    assert same_bits(q, wanted[0]) and same_bits(s, wanted[1])
+
+    codes, scales = vllm_ue8m0.weight_quant(x)
+    assert codes.shape == x.shape and scales.shape == (1, 5) and scales.dtype == U8
+    assert vllm_ue8m0.weight_quant(x, None)[1].dtype == F32
+
+
 @pytest.mark.parametrize("a_dtype", [U8, torch.float8_e8m0fnu, F32])
 @pytest.mark.parametrize("b_dtype", [U8, torch.float8_e8m0fnu, F32])
 def test_fp8_gemm_scale_dtypes(backend, device, a_dtype, b_dtype):
@@ -81,6 +102,22 @@ def test_errors_name_what_is_wrong(device):
         (lambda: vllm_ue8m0.act_quant(x, scale_fmt="e8m0"), "scale_fmt is 'e8m0'; allowed: None"),
         (lambda: vllm_ue8m0.act_quant(x, 48), "block_size is 48; allowed: powers of two"),
         (lambda: vllm_ue8m0.act_quant(x.double()), "x is torch.float64; allowed"),
+        (lambda: vllm_ue8m0.act_quant(x, floor=255), "floor is 255; allowed: scale bytes 0 to 254"),
+        (
+            lambda: vllm_ue8m0.act_quant(x, layout="col"),
+            "scale layout is 'col'; allowed: row_major",
+        ),
+        (lambda: vllm_ue8m0.act_quant(x, layout="mn_major_packed"), "holds UE8M0 bytes"),
+        (lambda: vllm_ue8m0.act_quant(x[0], layout="mn_major"), r"needs x \[M, K\]"),
+        (lambda: vllm_ue8m0.act_quant(x, counts=x[0]), r"counts must be \[E\] for x \[E, M, K\]"),
+        (lambda: vllm_ue8m0.silu_mul_quant(x[:, :5]), r"must be \[\.\.\., 2 I\], got \(3, 5\)"),
+        (
+            lambda: vllm_ue8m0.rms_norm_quant(x, x[0, :9]),
+            r"weight \[K\], got \(3, 300\) and \(9,\)",
+        ),
+        (lambda: vllm_ue8m0.rms_norm_quant(x, x[0], 1e-6, x.half()), "residual must be .* as x"),
+        (lambda: vllm_ue8m0.weight_quant(w), r"w must be \[N, K\] in .*, got .*float8_e4m3fn"),
+        (lambda: vllm_ue8m0.weight_quant(x, "mx"), "scale_fmt is 'mx'; allowed: None, 'ue8m0'"),
         (lambda: vllm_ue8m0.weight_dequant(x, w_s), "x must be a 2-D .* weight, got .*float32"),
         (lambda: vllm_ue8m0.weight_dequant(w, w_s.t()), r"s must be \(2, 3\) .* transposed"),
         (lambda: vllm_ue8m0.fp8_gemm(x, s, w, w_s), "a must be .*, got torch.float32"),
@@ -100,11 +137,20 @@ def test_opcheck(backend, device):
     q, s = ops.act_quant(x, scale_fmt="ue8m0")
     sf, c = random_scale(1, 1, dtype=U8, device=device), torch.rand(1, device=device)
     bias = torch.randn(70, device=device).bfloat16()
+    weight, counts = x[0].clone(), torch.tensor([3], device=device)
+    places = torch.tensor([[1], [2], [0]], device=device)
     experts = expert_operands(3, 2, device, H=64, inner=32)
     experts[9], experts[10] = list(GRAN), list(GRAN)
     for name, args in [
         ("act_quant", (x, 128, True)),
         ("act_quant", (x, 64, False)),
+        ("act_quant", (x, 32, True, 94, "mn_major_packed")),
+        ("act_quant", (x[None], 32, False, 105, "mn_major", counts)),
+        ("silu_mul_quant", (x, 32, True, 105, "mn_major")),
+        ("silu_mul_quant", (x, 32, True, 105, "row_major", None, places, 3)),
+        ("rms_norm_quant", (x, weight, 1e-6, None, 32)),
+        ("rms_norm_quant", (x, weight, 1e-6, x, 32, True, 105, "mn_major_packed", True)),
+        ("weight_quant", (x, True)),
         ("weight_dequant", (w, sf, [128, 128], c, BF16)),
         ("gemm", (q, s, w, sf, c, None, [128, 128], BF16)),
         ("linear", (x, w, sf, None, bias, [128, 128], "ue8m0")),
@@ -114,7 +160,7 @@ def test_opcheck(backend, device):
         before = [arg.clone() for arg in args if isinstance(arg, torch.Tensor)]
         # test_schema compares arguments by allclose, which torch does not have for e4m3.
         checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-        if name == "act_quant":
+        if name in ("act_quant", "silu_mul_quant", "rms_norm_quant"):
             checks.append("test_schema")
         torch.library.opcheck(getattr(op, name).default, args, test_utils=checks)
         after = [arg for arg in args if isinstance(arg, torch.Tensor)]

@@ -78,7 +78,9 @@ def test_experts_stage_by_stage(device, monkeypatch, M, topk, activation_scale):
     (a, a_s, *_, order, _, _, _, _, _, gate_up), (hidden, hidden_s, *_, products) = calls
     kept = reference.fake_quant(x, 128, activation_scale).double().cpu().numpy()
     np.testing.assert_array_equal(values(a, a_s).astype(np.float32), kept)
-    kept = reference.fake_quant(portable._silu_mul(gate_up, 128, "none")[0], 128, activation_scale)
+    kept = reference.fake_quant(
+        portable.products._silu_mul(gate_up, 128, "none")[0], 128, activation_scale
+    )
     np.testing.assert_array_equal(
         values(hidden, hidden_s).astype(np.float32), kept.double().cpu().numpy()
     )
@@ -221,7 +223,7 @@ def test_experts_never_wait_for_the_device(device, activation_scale):
     with pytest.MonkeyPatch.context() as patch:
         for kernel in ("launch", "combine"):
             patch.setattr(grouped_gemm, kernel, lambda *a: None)
-        for kernel in (portable.act_quant_kernel, portable.silu_mul_quant_kernel):
+        for kernel in (portable.quant.act_quant_kernel, portable.quant.silu_mul_quant_kernel):
             patch.setattr(kernel, "launch", lambda *a: None)
         with NoSynchronization():
             portable.experts(*args, activation_scale, False)

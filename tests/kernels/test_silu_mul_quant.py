@@ -3,16 +3,16 @@
 import golden
 import pytest
 import torch
-from checks import same_bits
+from checks import same_quantized
 
 from vllm_ue8m0 import portable, reference
-from vllm_ue8m0.kernels import silu_mul_quant
+from vllm_ue8m0.layouts import SCALE_LAYOUTS
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def run(gate_up, group, activation_scale):
-    return portable._silu_mul(gate_up, group, activation_scale)
+    return portable.products._silu_mul(gate_up, group, activation_scale)
 
 
 def ulp(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -59,18 +59,42 @@ def test_quantizes_as_act_quant(device, dtype, group, activation_scale):
     hidden, _ = run(gate_up, group, "none")
     q, s = run(gate_up, group, activation_scale)
     wanted = reference.act_quant(hidden, group, activation_scale == "ue8m0")
-    assert same_bits(q, wanted[0]) and same_bits(s, wanted[1])
+    same_quantized((q, s), wanted)
 
 
 def test_strided_rows_and_floor(device):
     wide = torch.randn(5, 640, device=device).bfloat16()
     view = wide[:, 128:384]
-    out = torch.empty(5, 128, dtype=torch.float8_e4m3fn, device=device)
-    s = torch.empty(5, 1, dtype=torch.uint8, device=device)
-    silu_mul_quant.launch(view, out, s, 128, 140)
+    got = portable.silu_mul_quant(view, 128, True, 140)
     hidden, _ = run(view.contiguous(), 128, "none")
-    wanted = reference.act_quant(hidden, 128, True, 140)
-    assert same_bits(out, wanted[0]) and same_bits(s, wanted[1])
+    same_quantized(got, reference.act_quant(hidden, 128, True, 140))
+    assert got[1].min() == 140
+
+
+@pytest.mark.parametrize("layout", SCALE_LAYOUTS)
+def test_masked_rows_in_every_layout(device, poison, layout):
+    gate_up = (torch.randn(3, 70, 600, device=device) * 4).bfloat16()
+    counts = torch.tensor([33, 0, 70], device=device)
+    q, s = portable.silu_mul_quant(gate_up, 128, True, layout=layout, counts=counts)
+    hidden, _ = run(gate_up.view(-1, 600), 128, "none")
+    wanted = reference.act_quant(hidden.view(3, 70, 300), 128, True, layout=layout)
+    assert s.stride() == wanted[1].stride()
+    for e, count in enumerate(counts.tolist()):
+        same_quantized((q[e, :count], s[e, :count]), (wanted[0][e, :count], wanted[1][e, :count]))
+        assert (q[e, count:].view(torch.uint8) == 0x7F).all()
+
+
+@pytest.mark.parametrize("layout", SCALE_LAYOUTS)
+def test_permuted_rows(device, poison, layout):
+    gate_up = (torch.randn(37, 600, device=device) * 4).bfloat16()
+    places = torch.randperm(50)[:37, None].to(torch.int32).to(device)
+    places[5] = -1
+    kind = {"layout": layout, "destinations": places, "out_rows": 50}
+    q, s = portable.silu_mul_quant(gate_up, 128, True, **kind)
+    hidden, _ = run(gate_up, 128, "none")
+    wanted = reference.act_quant(hidden, 128, True, **kind)
+    written = places[places >= 0].to(torch.int64)
+    same_quantized((q[written], s[written]), (wanted[0][written], wanted[1][written]))
 
 
 def test_empty(device):

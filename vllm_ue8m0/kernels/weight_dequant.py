@@ -23,7 +23,7 @@ def _weight_dequant_kernel(
     mask = (n < N) & (k < K)
     row = n.to(tl.int64)
     scale_row = expert * scale_rows + row // GRAN_N
-    codes = tl.load(w + expert * stride_we + row * stride_wn + k, mask=mask, other=0.0)
+    codes = tl.load(w + expert * stride_we + row * stride_wn + k, mask=mask, other=0)
     scale = decode(tl.load(sf + scale_row * scale_columns + k // GRAN_K, mask=mask, other=0))
     values = to_float(codes) * scale
     if HAS_C:
@@ -31,13 +31,19 @@ def _weight_dequant_kernel(
     tl.store(out + (expert * N + row) * K + k, round_to(values, out.dtype.element_ty), mask=mask)
 
 
+# Rows, columns, warps. H100, 2026-11-22, 36864 x 7168, share of a copy's speed: 16 x 256 0.98,
+# 32 x 128 0.96, 8 x 512 0.65.
+TILE = (16, 256, 4)
+
+
 def launch(
     w: torch.Tensor, sf: torch.Tensor, c: torch.Tensor | None, gran: tuple[int, int],
     out: torch.Tensor,
 ) -> None:  # fmt: skip
     E, N, K = w.shape
-    block_n, block_k = 32, 128
+    block_n, block_k, num_warps = TILE
     _weight_dequant_kernel[(triton.cdiv(K, block_k), triton.cdiv(N, block_n), E)](
-        w, sf, c, out, N, K, sf.shape[1], sf.shape[2], w.stride(0), w.stride(1), *gran,
-        HAS_C=c is not None, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4,
+        w.view(torch.uint8), sf, c, out, N, K, sf.shape[1], sf.shape[2], w.stride(0), w.stride(1),
+        *gran,
+        HAS_C=c is not None, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import ops  # noqa: F401  (defines torch.ops.vllm_ue8m0)
+from .. import library  # noqa: F401  (defines torch.ops.vllm_ue8m0)
 from ..formats import BLOCK, FP8_NAN_CODE, MIN_GROUP_K
 from ..layouts import ceil_div, common_gran, grid_shape
 from . import compat

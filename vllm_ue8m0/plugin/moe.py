@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import ops  # noqa: F401  (defines torch.ops.vllm_ue8m0)
+from .. import library  # noqa: F401  (defines torch.ops.vllm_ue8m0)
 from ..formats import BLOCK
 from ..layouts import common_gran, grid_shape
 from . import compat

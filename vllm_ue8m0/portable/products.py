@@ -1,8 +1,4 @@
-"""The portable backend: Triton kernels for sm_89 and newer, also run by Triton's CPU interpreter.
-
-Same operators, signatures and results as `reference`; this module allocates outputs, routes, and
-launches. Nothing here waits for the device: `experts` can be captured in a CUDA graph.
-"""
+"""Products on the portable kernels: dense, and the routed experts around the grouped one."""
 
 from __future__ import annotations
 
@@ -10,46 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from .formats import SF_FLOOR
-from .kernels import act_quant as act_quant_kernel
-from .kernels import gemm as gemm_kernel
-from .kernels import grouped_gemm as grouped_gemm_kernel
-from .kernels import silu_mul_quant as silu_mul_quant_kernel
-from .kernels import weight_dequant as weight_dequant_kernel
-from .layouts import ceil_div
-
-E4M3 = torch.float8_e4m3fn
-
-
-def act_quant(
-    x: torch.Tensor, group: int = 128, ue8m0: bool = False, floor: int = SF_FLOOR
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize groups along the last dimension; see reference.act_quant."""
-    K = x.shape[-1]
-    q, s = _empty_quantized(x.shape[:-1], K, group, ue8m0, x.device)
-    if q.numel():
-        rows = _unit_stride(x.reshape(-1, K))
-        act_quant_kernel.launch(rows, q.view(-1, K), s.view(-1, s.shape[-1]), group, floor)
-    return q, s
-
-
-def weight_dequant(
-    w: torch.Tensor,
-    sf: torch.Tensor,
-    gran: Sequence[int] = (128, 128),
-    c: torch.Tensor | None = None,
-    out_dtype: torch.dtype = torch.bfloat16,
-) -> torch.Tensor:
-    """w * scale (* c) in float32, rounded once to out_dtype; any leading dimensions."""
-    out = torch.empty(w.shape, dtype=out_dtype, device=w.device)
-    if out.numel():
-        N, K = w.shape[-2:]
-        scales = _scale(sf).contiguous()
-        weight_dequant_kernel.launch(
-            _unit_stride(w.reshape(-1, N, K)), scales.view(-1, *scales.shape[-2:]),
-            None if c is None else c.contiguous(), _pair(gran), out.view(-1, N, K),
-        )  # fmt: skip
-    return out
+from ..kernels import gemm as gemm_kernel
+from ..kernels import grouped_gemm as grouped_gemm_kernel
+from ..layouts import ceil_div
+from .quant import act_quant, kernel_scale, silu_mul, silu_mul_quant, unit_stride
 
 
 def gemm(
@@ -66,8 +26,8 @@ def gemm(
     out = torch.empty(a.shape[0], w.shape[0], dtype=out_dtype, device=a.device)
     if out.numel():
         gemm_kernel.launch(
-            _unit_stride(a), None if a_s is None else _scale(a_s).contiguous(),
-            _unit_stride(w), _unit_stride(_scale(sf)), c, bias, _pair(gran), out,
+            unit_stride(a), None if a_s is None else kernel_scale(a_s).contiguous(),
+            unit_stride(w), unit_stride(kernel_scale(sf)), c, bias, _pair(gran), out,
         )  # fmt: skip
     return out
 
@@ -118,13 +78,13 @@ def experts(
 
     gate_up = torch.empty(slots, w13.shape[1], dtype=x.dtype, device=x.device)
     grouped_gemm_kernel.launch(
-        a, a_s, _unit_stride(w13), _unit_stride(_scale(sf13)), c13, _pair(gran13), order, None,
+        a, a_s, unit_stride(w13), unit_stride(kernel_scale(sf13)), c13, _pair(gran13), order, None,
         tiles, topk, True, config13, gate_up,
     )  # fmt: skip
     hidden, hidden_s = _silu_mul(gate_up, gran2[1], activation_scale)
     products = torch.empty(slots, w2.shape[1], dtype=x.dtype, device=x.device)
     grouped_gemm_kernel.launch(
-        hidden, hidden_s, _unit_stride(w2), _unit_stride(_scale(sf2)), c2, _pair(gran2), order,
+        hidden, hidden_s, unit_stride(w2), unit_stride(kernel_scale(sf2)), c2, _pair(gran2), order,
         None if weight_on_input else weights, tiles, topk, False, config2, products,
     )  # fmt: skip
     grouped_gemm_kernel.combine(products, topk_ids.contiguous(), E, out)
@@ -157,7 +117,7 @@ def _quantize(
     x: torch.Tensor, group: int, activation_scale: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if activation_scale == "none":
-        return _unit_stride(x), None
+        return unit_stride(x), None
     return act_quant(x, group, activation_scale == "ue8m0")
 
 
@@ -165,36 +125,11 @@ def _silu_mul(
     gate_up: torch.Tensor, group: int, activation_scale: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """silu(gate) * up of [M, 2 I], quantized as activation_scale says."""
-    M, columns = gate_up.shape[0], gate_up.shape[1] // 2
     if activation_scale == "none":
-        out, s = torch.empty(M, columns, dtype=gate_up.dtype, device=gate_up.device), None
-    else:
-        ue8m0 = activation_scale == "ue8m0"
-        out, s = _empty_quantized((M,), columns, group, ue8m0, gate_up.device)
-    if out.numel():
-        silu_mul_quant_kernel.launch(gate_up, out, s, group, SF_FLOOR)
-    return out, s
-
-
-def _empty_quantized(
-    leading: Sequence[int], K: int, group: int, ue8m0: bool, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    scale_dtype = torch.uint8 if ue8m0 else torch.float32
-    q = torch.empty(*leading, K, dtype=E4M3, device=device)
-    return q, torch.empty(*leading, ceil_div(K, group), dtype=scale_dtype, device=device)
-
-
-def _scale(scale: torch.Tensor) -> torch.Tensor:
-    """The dtypes that kernels take: uint8 or float32."""
-    if scale.dtype == torch.float8_e8m0fnu:
-        return scale.view(torch.uint8)
-    return scale if scale.dtype == torch.uint8 else scale.to(torch.float32)
+        return silu_mul(gate_up), None
+    return silu_mul_quant(gate_up, group, activation_scale == "ue8m0")
 
 
 def _pair(gran: Sequence[int]) -> tuple[int, int]:
     """Torch ops pass int[] as a list."""
     return gran[0], gran[1]
-
-
-def _unit_stride(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()

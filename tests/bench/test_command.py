@@ -1,0 +1,85 @@
+"""`bench quant` from the command line to its files, with a clock that needs no GPU."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+from fake_clock import DEVICE, MACHINE, FakeClock
+
+from vllm_ue8m0 import dispatch, reference
+from vllm_ue8m0.bench import machine, quant, records, run, table, timing
+from vllm_ue8m0.cli import main
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list:
+    """A machine with a GPU, whose benchmark has two small cases; holds what was asked of it."""
+    asked = []
+
+    def cases(backend, only, quick):
+        asked.append((backend, only, quick))
+        return [quant.act_quant(backend, 3, 256), quant.weight_quant(backend, 128, 256, "ue8m0")]
+
+    class Reference:
+        def load(self):
+            return reference
+
+    monkeypatch.setattr(machine, "require_gpu", lambda: None)
+    monkeypatch.setattr(machine, "describe", lambda: MACHINE)
+    monkeypatch.setattr(dispatch, "choose", lambda op, device: Reference())
+    monkeypatch.setattr(timing, "CudaClock", FakeClock)
+    monkeypatch.setattr(run, "run", partial(run.run, device=DEVICE))
+    monkeypatch.setattr(quant, "cases", cases)
+    return asked
+
+
+def test_quant(asked: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    out, picture = tmp_path / "results.jsonl", tmp_path / "results.svg"
+    arguments = ["--quick", "--only", "act_quant", "weight_quant"]
+    arguments += ["--out", str(out), "--plot", str(picture)]
+    assert main(["bench", "quant", *arguments]) == 0
+    assert asked == [(reference, ["act_quant", "weight_quant"], True)]
+    measured = records.read(out)
+    assert [(r.bench, r.M, r.N) for r in measured] == [
+        ("act_quant", 3, None),
+        ("weight_quant", None, 128),
+    ]
+    captured = capsys.readouterr()
+    assert captured.out == table.render(measured) + "\n"
+    assert "[1/2] act_quant M=3 K=256" in captured.err and "[2/2] weight_quant" in captured.err
+    assert "act_quant, all cases" in picture.read_text()
+    assert set(tmp_path.iterdir()) == {out, picture}
+
+
+def test_nothing_is_written_unasked(asked: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "quant"]) == 0
+    assert asked == [(reference, [], False)]
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--plot", "results.txt"], "ends in .svg, .png, .pdf"),
+        (["--out", "missing/results.jsonl"], "No such file or directory"),
+    ],
+)
+def test_unwritable_files_are_refused_before_measuring(
+    asked: list, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str,
+):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "quant", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert words in error and "[1/2]" not in error
+
+
+def test_no_backend(asked: list, capsys: pytest.CaptureFixture[str], monkeypatch):
+    def choose(op, device):
+        raise RuntimeError("no ue8m0 backend for device 'cuda' (UE8M0_BACKEND=auto): portable: ...")
+
+    monkeypatch.setattr(dispatch, "choose", choose)
+    assert main(["bench", "quant"]) == 1
+    assert capsys.readouterr().err.startswith("vllm-ue8m0 bench: no ue8m0 backend for device")

@@ -1,0 +1,60 @@
+"""`bench quant --quick`, for real."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_ue8m0.bench.records import read
+from vllm_ue8m0.bench.timing import ROUNDS, WARM_ROUNDS, CudaClock, Timing
+from vllm_ue8m0.cli import main
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a CUDA device"),
+]
+
+
+def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "results.jsonl"
+    assert main(["bench", "quant", "--quick", "--out", str(path)]) == 0
+    captured = capsys.readouterr()
+    assert "[8/8] weight_dequant" in captured.err
+    records = read(path)
+    assert len(records) == 8
+    for record in records:
+        assert 0.5 < record.ours_us < 10_000
+        # A copy that beat memory by far would have been measured in the cache.
+        if record.num_bytes > 1e8:
+            assert record.num_bytes / record.limit_us < 10e6  # 10 TB/s
+        assert ("empty" in record.context_us) == (record.M == 16)
+    assert main(["bench", "show", str(path)]) == 0
+    assert capsys.readouterr().out == captured.out
+
+
+def test_a_graph_makes_every_call_on_the_next_buffer():
+    counts = torch.zeros(4, dtype=torch.int32, device="cuda")
+
+    def call(i: int):
+        counts[i] += 1
+        return torch.empty(1 << 20, device="cuda")
+
+    timing = CudaClock().measure({"ours": call}, copies=4, calls=20)["ours"]
+    assert isinstance(timing, Timing) and timing.time_us > 0
+    replayed = (WARM_ROUNDS + ROUNDS) * 5
+    assert counts.tolist() == [replayed + 1, replayed, replayed, replayed]  # one to compile
+
+
+def test_outputs_of_a_rotation_are_different_memory():
+    pointers = []
+
+    def call(i: int):
+        out = torch.empty(1 << 20, device="cuda")
+        pointers.append(out.data_ptr())
+        return out
+
+    CudaClock().measure({"ours": call}, copies=4, calls=20)
+    captured = pointers[1:]
+    assert len(captured) == 20
+    assert all(len(set(captured[i : i + 4])) == 4 for i in range(17))
+    assert len(set(captured)) <= 5  # and no more memory than that

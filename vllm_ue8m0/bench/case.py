@@ -1,0 +1,59 @@
+"""What one measurement consists of; generic, so that every benchmark is run the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+
+from .records import Variant, describe_variant
+
+Inputs: TypeAlias = dict[str, torch.Tensor]
+Outputs: TypeAlias = list[torch.Tensor]
+Operator: TypeAlias = Callable[[Inputs], Outputs]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape and variant of one operator.
+
+    num_bytes   what the operator has to read and write: inputs and outputs, scales included
+    inputs      draws one copy of the inputs; called once per copy, each time with other values
+    ours        the operator under test; it returns every tensor that it allocates for a result
+    peers       other implementations of the same work: name -> operator. One that raises when it
+                is first called is absent, and the error is the reason. One may write to its
+                inputs, which the others then read: values must stay finite, no time depends on them
+    context     implementations of other work, worth knowing beside it
+    check       (inputs, our outputs) -> what is wrong with them, or None
+    agree       (our outputs, a peer's outputs) -> why that is not the same work, or None
+    implementation    which kernel and configuration ran, for the record
+    variant     extra keys of the record: scale, layout, ...
+    quick       in the selection of --quick
+    """
+
+    bench: str
+    M: int | None
+    N: int | None
+    K: int | None
+    num_bytes: int
+    inputs: Callable[[torch.Generator], Inputs]
+    ours: Operator
+    check: Callable[[Inputs, Outputs], str | None]
+    agree: Callable[[Outputs, Outputs], str | None]
+    implementation: str
+    variant: Variant
+    peers: Mapping[str, Operator] = field(default_factory=dict)
+    context: Mapping[str, Operator] = field(default_factory=dict)
+    quick: bool = False
+
+    def __str__(self) -> str:
+        sizes = [f"{name}={getattr(self, name)}" for name in "MNK" if getattr(self, name)]
+        return " ".join([self.bench, *sizes, describe_variant(self.variant)])
+
+
+def tensor_bytes(tensors: Mapping[str, torch.Tensor] | Outputs) -> int:
+    """Memory that the elements of these tensors take."""
+    values = tensors.values() if isinstance(tensors, Mapping) else tensors
+    return sum(t.numel() * t.element_size() for t in values)

@@ -1,0 +1,67 @@
+"""What `vllm-ue8m0 bench ...` runs: measure, show, plot."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from . import BenchError, plot, records, table
+
+if TYPE_CHECKING:  # showing what was recorded loads no torch
+    from .case import Case
+
+
+def quant(only: Sequence[str], quick: bool, out: str | None, picture: str | None) -> None:
+    """Measure the quantizers on this machine's GPU."""
+    from .quant import cases
+
+    measure(lambda backend: cases(backend, only, quick), out, picture)
+
+
+def measure(
+    cases: Callable[[ModuleType], Sequence[Case]], out: str | None, picture: str | None
+) -> None:
+    """Measure the cases of the backend for this GPU; print a table, write JSONL and a plot."""
+    from .. import dispatch
+    from . import machine
+
+    machine.require_gpu()
+    if picture is not None:
+        plot.check(picture)
+    from .run import run  # Triton's kernels: not without a GPU
+    from .timing import CudaClock
+
+    try:
+        backend = dispatch.choose("act_quant", "cuda").load()
+    except (RuntimeError, ValueError) as error:
+        raise BenchError(str(error)) from error
+    measured: list[records.Record] = []
+
+    def kept() -> Iterator[records.Record]:
+        for record in run(cases(backend), CudaClock(), machine.describe(), _say):
+            measured.append(record)
+            yield record
+
+    if out is None:
+        list(kept())
+    else:
+        records.write(out, kept())
+    print(table.render(measured))
+    if picture is not None:
+        plot.save(measured, picture)
+
+
+def show(path: str) -> None:
+    """Print the table of a recorded file."""
+    print(table.render(records.read(path)))
+
+
+def draw(path: str, picture: str) -> None:
+    """Plot a recorded file."""
+    plot.save(records.read(path), picture)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,169 @@
+"""Results as a picture: a panel per operator and variant, time over M, ours beside the others.
+
+Results of one variant at three or more M are lines over M. What is left of an operator is one
+panel with a row per result, as multiples of our time, so that sizes can be compared. matplotlib
+is imported when a picture is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+from . import BenchError
+from .records import Record, describe_variant
+from .table import EMPTY, by_bench, names
+
+SUFFIXES = (".svg", ".png", ".pdf")
+MIN_POINTS = 3
+COLUMNS, PANEL = 3, (6.6, 4.2)
+# Okabe and Ito's colors, which color-blind readers can tell apart; ours is the first.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GRAY = "#666666"
+
+Times = Callable[[Record], float | None]
+Series = tuple[str, Times, dict[str, Any]]
+
+
+def check(path: str | Path) -> None:
+    """BenchError if `save` could not write this file: asked before anything is measured."""
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise BenchError(f"{path}: the name of a plot ends in {', '.join(SUFFIXES)}")
+    if not Path(path).absolute().parent.is_dir():
+        raise BenchError(f"{path}: there is no directory {Path(path).parent}")
+    _pyplot()
+
+
+def save(records: Sequence[Record], path: str | Path) -> None:
+    """Draw records into an .svg, .png or .pdf file."""
+    check(path)
+    pyplot = _pyplot()
+    with pyplot.rc_context({"svg.fonttype": "none"}):  # text stays text: sharp and searchable
+        figure = _draw(pyplot, records)
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+
+
+def _draw(pyplot: Any, records: Sequence[Record]) -> Any:
+    panels = [panel for group in by_bench(records).values() for panel in _panels(group)]
+    columns = min(COLUMNS, len(panels))
+    rows = ceil(len(panels) / columns)
+    size = (PANEL[0] * columns, PANEL[1] * rows)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax, (title, group, over_m) in zip(axes.flat, panels, strict=False):
+        (_draw_over_m if over_m else _draw_rows)(ax, group)
+        ax.set_title(title, fontsize=10)
+    for ax in list(axes.flat)[len(panels) :]:
+        ax.set_visible(False)
+    measured = dict.fromkeys(f"{record.gpu}, {record.date}" for record in records)
+    figure.suptitle(f"time per call, lower is better ({'; '.join(measured)})", fontsize=12)
+    return figure
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")  # no display
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise BenchError(
+            f'plots need matplotlib: pip install "vllm_ue8m0[bench]" ({error})'
+        ) from error
+    return pyplot
+
+
+def _panels(records: Sequence[Record]) -> list[tuple[str, list[Record], bool]]:
+    """(title, records, lines over M or rows) of one operator."""
+    series: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        key = (record.N, record.K, *sorted(record.variant.items()))
+        series.setdefault(key, []).append(record)
+    panels, rest = [], []
+    for group in series.values():
+        if len({record.M for record in group} - {None}) < MIN_POINTS:
+            rest += group
+            continue
+        first = group[0]
+        sizes = [f"{name}={size}" for name, size in (("N", first.N), ("K", first.K)) if size]
+        title = ", ".join([first.bench, *sizes, describe_variant(first.variant)])
+        panels.append((title, sorted(group, key=lambda record: record.M or 0), True))
+    if rest:
+        panels.append((f"{records[0].bench}, {'other' if panels else 'all'} cases", rest, False))
+    return panels
+
+
+def _series(records: Sequence[Record]) -> list[Series]:
+    """(label, its time in a record, style) of everything that was timed beside ours."""
+
+    def times(kind: str, name: str) -> Times:
+        return lambda record: _field(record, kind).get(name)
+
+    series: list[Series] = [
+        ("ours", lambda record: record.ours_us, {"color": COLORS[0], "marker": "o", "zorder": 3})
+    ]
+    others = [("peers_us", name) for name in names(records, "peers_us")]
+    others += [("context_us", name) for name in names(records, "context_us") if name != EMPTY]
+    for i, (kind, name) in enumerate(others):
+        style = {"color": COLORS[1 + i % (len(COLORS) - 1)], "marker": "s"}
+        if kind == "context_us":
+            style |= {"linestyle": ":", "marker": "x"}
+        label = name if kind == "peers_us" else f"{name} (other work)"
+        series.append((label, times(kind, name), style))
+    limit = {"color": GRAY, "linestyle": "--", "marker": "|"}
+    series.append(("copy of as many bytes", lambda record: record.limit_us, limit))
+    empty = {"color": GRAY, "linestyle": ":", "marker": "."}
+    series.append(("empty kernel", times("context_us", EMPTY), empty))
+    return series
+
+
+def _field(record: Record, kind: str) -> Mapping[str, float]:
+    return record.peers_us if kind == "peers_us" else record.context_us
+
+
+def _draw_over_m(ax: Any, records: Sequence[Record]) -> None:
+    for label, time_us, style in _series(records):
+        points = [(record.M, t) for record in records if (t := time_us(record)) is not None]
+        if points:
+            ax.plot(*zip(*points, strict=True), label=label, markersize=5, **style)
+    rows = sorted({record.M for record in records if record.M})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(rows, [str(M) for M in rows], fontsize=8, rotation=45)
+    ax.minorticks_off()
+    ax.set_yscale("log")
+    ax.set_xlabel("M")
+    ax.set_ylabel("us")
+    ax.grid(True, which="major", alpha=0.3)
+    ax.legend(fontsize=8)
+
+
+def _draw_rows(ax: Any, records: Sequence[Record]) -> None:
+    for label, time_us, style in _series(records):
+        points = [
+            (t / record.ours_us, y)
+            for y, record in enumerate(records)
+            if (t := time_us(record)) is not None
+        ]
+        if points:
+            marks = {**style, "linestyle": "none", "markersize": 8}
+            ax.plot(*zip(*points, strict=True), label=label, **marks)
+    ax.set_yticks(range(len(records)), [_row_label(record) for record in records], fontsize=8)
+    ax.set_ylim(len(records) - 0.5, -0.5)
+    ax.set_xlim(0, max(1.25, ax.get_xlim()[1]))
+    ax.set_xlabel("time / ours")
+    ax.axvline(1, color=COLORS[0], linewidth=1, zorder=0)
+    ax.grid(True, axis="x", alpha=0.3)
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+
+
+def _row_label(record: Record) -> str:
+    sizes = [f"{name}={size}" for name in "MNK" if (size := getattr(record, name))]
+    words = [
+        *sizes,
+        describe_variant(record.variant),
+        f"({record.ours_us:.1f}\N{NO-BREAK SPACE}us)",
+    ]
+    return fill(" ".join(words), 38)

@@ -1,0 +1,151 @@
+"""From cases to records: check our result, find which peers are there, time all side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from zlib import crc32
+
+import torch
+
+from . import BenchError, limit
+from .case import Case, Inputs, Operator, Outputs, tensor_bytes
+from .machine import Machine
+from .records import Record
+from .table import EMPTY
+from .timing import Candidate, Clock, Timing, plan_copies
+
+# Up to this many rows a launch, not the work, may decide the time: "empty" is measured beside it.
+SMALL_M = 128
+MAX_SPREAD = 0.15
+
+Say = Callable[[str], None]
+
+
+def run(
+    cases: Sequence[Case], clock: Clock, machine: Machine, say: Say, device: str = "cuda"
+) -> Iterator[Record]:
+    """Measure cases one by one; BenchError names the case whose result of ours is wrong.
+
+    `say` gets a line per case, one per peer that is absent and why, and warnings.
+    """
+    said: set[str] = set()
+
+    def say_once(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            say(line)
+
+    for number, case in enumerate(cases, 1):
+        say(f"[{number}/{len(cases)}] {case}")
+        try:
+            times = _measure(case, clock, device, say_once)
+        except torch.OutOfMemoryError as error:
+            raise BenchError(f"{case}: {_first_line(error)} Is the GPU in use?") from error
+        for name, timing in times.items():
+            if timing.spread > MAX_SPREAD and not name.startswith("copy"):  # the fastest counts
+                say(f"warning: {case}: {name}: rounds differ by {timing.spread:.0%} of the median")
+        yield _record(case, machine, times)
+
+
+def _measure(case: Case, clock: Clock, device: str, say: Say) -> dict[str, Timing]:
+    """Times by candidate: "ours", "peer NAME", "context NAME", "copy ...", "context empty"."""
+    generator = torch.Generator(device).manual_seed(crc32(str(case).encode()))
+    free_bytes = clock.free_bytes()
+    inputs = case.inputs(generator)
+    outputs = case.ours(inputs)
+    wrong = case.check(inputs, outputs)
+    if wrong:
+        raise BenchError(
+            f"{case}: wrong result of {case.implementation}: {wrong}. It was not timed; "
+            "`python -m pytest tests/kernels` on this machine says more"
+        )
+    operators: dict[str, Operator] = {"ours": case.ours}
+    for kind, others in (("peer", case.peers), ("context", case.context)):
+        for name, operator in others.items():
+            reason = _why_absent(case, kind, operator, inputs, outputs)
+            if reason:
+                say(f"{kind} {name} of {case.bench} is absent: {reason}")
+            else:
+                operators[f"{kind} {name}"] = operator
+
+    footprint = tensor_bytes(inputs) + case.num_bytes + tensor_bytes(outputs) * len(operators)
+    copies, calls = plan_copies(case.num_bytes, footprint, clock.l2_bytes, free_bytes)
+    del outputs
+    buffers = [inputs, *(case.inputs(generator) for _ in range(copies - 1))]
+    candidates: dict[str, Candidate] = {
+        name: partial(_call, operator, buffers) for name, operator in operators.items()
+    }
+    candidates.update(limit.copies(case.num_bytes, copies, device))
+    if case.M is not None and case.M <= SMALL_M:
+        # Back to back, a kernel under programmatic dependent launch starts while its own kind
+        # ends. After an ordinary kernel it cannot: both figures are told.
+        empty = limit.empty(device)
+        for name in [name for name in candidates if not name.startswith(("context", "copy"))]:
+            after = partial(_in_turn, empty, candidates[name])
+            candidates[f"context {EMPTY} + {name.removeprefix('peer ')}"] = after
+        candidates[f"context {EMPTY}"] = empty
+
+    times = {}
+    for name, timing in clock.measure(candidates, copies, calls).items():
+        if isinstance(timing, Timing):
+            times[name] = timing
+        elif name.startswith(("peer", "context")):
+            say(f"{name} of {case.bench} is absent: not in a CUDA graph: {_first_line(timing)}")
+        else:
+            raise BenchError(f"{case}: {name} cannot be timed: {_first_line(timing)}") from timing
+    return times
+
+
+def _call(operator: Operator, buffers: list[Inputs], index: int) -> Outputs:
+    return operator(buffers[index])
+
+
+def _in_turn(first: Candidate, second: Candidate, index: int) -> object:
+    first(index)
+    return second(index)
+
+
+def _why_absent(
+    case: Case, kind: str, operator: Operator, inputs: Inputs, outputs: Outputs
+) -> str | None:
+    """Why another implementation is not measured, or None; a peer has to do the same work."""
+    # On a copy: vLLM's norms write to their inputs.
+    own = {name: tensor.clone() for name, tensor in inputs.items()}
+    try:
+        theirs = operator(own)
+        different = case.agree(outputs, theirs) if kind == "peer" else None
+        if inputs and next(iter(inputs.values())).is_cuda:
+            torch.cuda.synchronize()  # an error of a kernel shows here
+    except Exception as error:
+        return _first_line(error)
+    return different and f"not the same work: {different}"
+
+
+def _record(case: Case, machine: Machine, times: dict[str, Timing]) -> Record:
+    by_kind: dict[str, dict[str, float]] = {"peer": {}, "context": {}, "copy": {}}
+    for key, timing in times.items():
+        kind, _, name = key.partition(" ")
+        if kind in by_kind:
+            by_kind[kind][name] = round(timing.time_us, 3)
+    return Record(
+        bench=case.bench,
+        M=case.M,
+        N=case.N,
+        K=case.K,
+        ours_us=round(times["ours"].time_us, 3),
+        peers_us=by_kind["peer"],
+        limit_us=min(by_kind["copy"].values()),
+        context_us=by_kind["context"],
+        num_bytes=case.num_bytes,
+        ours=case.implementation,
+        gpu=machine.gpu,
+        versions=dict(machine.versions),
+        date=machine.date,
+        variant=dict(case.variant),
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

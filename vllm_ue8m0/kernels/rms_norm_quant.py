@@ -1,0 +1,77 @@
+"""RMSNorm, with or without the residual add, quantized: x [M, K] -> e4m3 [M, K] and scales.
+
+r = x + residual, rounded to x's dtype and written to residual_out (r = x without a residual);
+y = r / sqrt(mean(r^2) + eps) * weight, in float32 from the rounded r, rounded once to x's dtype and
+written to normed if that is given; then quantized exactly as act_quant does. These are the
+roundings of the separate steps as vLLM's CUDA kernels take them; only the order of the sum over K
+is left open, and it depends on K alone.
+x, residual: unit stride along K; weight [K] contiguous; q, residual_out, normed contiguous.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import dependent_launch
+from .tile import store_tile, wait_for_inputs
+from .ue8m0 import round_to, to_float
+
+
+@triton.jit(do_not_specialize=["M", "stride_s"])
+def _rms_norm_quant_kernel(
+    x, residual, weight, q, s, residual_out, normed, eps, M, K, groups, stride_xm, stride_rm,
+    stride_s, FLOOR: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    MN_MAJOR: tl.constexpr, PACKED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_NORMED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(PDL)
+    dtype: tl.constexpr = x.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)  # a tile of one row
+    k = tl.arange(0, GROUPS * GROUP)
+    mask = (k < K)[None, :]
+    # Before the reduction: what follows that would wait for it again.
+    scale = to_float(tl.load(weight + k, mask=k < K, other=0.0))[None, :]
+    values = to_float(tl.load(x + row[:, None] * stride_xm + k[None, :], mask=mask, other=0.0))
+    place = row[:, None] * K + k[None, :]
+    if HAS_RESIDUAL:
+        source = residual + row[:, None] * stride_rm + k[None, :]
+        total = round_to(values + to_float(tl.load(source, mask=mask, other=0.0)), dtype)
+        tl.store(residual_out + place, total, mask=mask)
+        values = to_float(total)
+    mean = tl.math.div_rn(tl.sum(values * values, axis=1), K.to(tl.float32))
+    rstd = tl.math.div_rn(1.0, tl.sqrt_rn(mean + eps))
+    result = round_to(values * rstd[:, None] * scale, dtype)
+    if HAS_NORMED:
+        tl.store(normed + place, result, mask=mask)
+    store_tile(
+        to_float(result), q, s, None, row, 0, M, K, groups, stride_s,
+        FLOOR, GROUP, 1, GROUPS, MN_MAJOR, PACKED, 0,
+    )  # fmt: skip
+
+
+def launch(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    q: torch.Tensor,
+    s: torch.Tensor,
+    residual_out: torch.Tensor | None,
+    normed: torch.Tensor | None,
+    group: int,
+    floor: int,
+    mn_major: bool,
+    num_warps: int,
+) -> None:
+    """Normalize and quantize; the dtype of s (uint8, float32, int32) selects the kind of scale."""
+    M, K = x.shape
+    groups = triton.cdiv(K, group)
+    _rms_norm_quant_kernel[(M,)](
+        x, residual, weight, q.view(torch.uint8), s, residual_out, normed, eps, M, K, groups,
+        x.stride(0) if M > 1 else K,
+        K if residual is None or M == 1 else residual.stride(0), s.stride(1),
+        FLOOR=floor, GROUP=group,
+        GROUPS=max(triton.next_power_of_2(groups), 4 if s.dtype == torch.int32 else 1),
+        MN_MAJOR=mn_major, PACKED=s.dtype == torch.int32, HAS_RESIDUAL=residual is not None,
+        HAS_NORMED=normed is not None, num_warps=num_warps, **dependent_launch(x.device),
+    )  # fmt: skip

@@ -1,0 +1,95 @@
+"""The tile of activations that a program quantizes, and where its codes and scales go.
+
+A tile is ROWS rows times GROUPS groups of GROUP columns of one of E matrices [M, K]. With counts,
+matrix e uses its first counts[e] rows, the others are not written, and programs share the used
+tiles of all matrices evenly: a fixed grid serves any counts. With COPIES > 0, row m goes to the
+COPIES rows destinations[m, :] of the output instead of row m (-1: to none), which permutes tokens
+to their experts on the way.
+
+Scales are row-major, or column-major with columns stride_s apart; PACKED: column-major int32 words
+of four bytes (layouts.py).
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .ue8m0 import quantize
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Under programmatic dependent launch this kernel starts before its predecessor has ended.
+
+    Every program has to wait before it touches memory that another kernel reads or writes. Letting
+    successors start at once is safe for the same reason: they wait for this kernel's end.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def used_tiles(counts, M, E, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Tiles of each matrix's used rows, and how many there are up to its end: int32 [EXPERTS]."""
+    expert = tl.arange(0, EXPERTS)
+    used = tl.load(counts + expert, mask=expert < E, other=0).to(tl.int32)
+    tiles = tl.cdiv(tl.minimum(used, M), ROWS)
+    return tiles, tl.cumsum(tiles, 0)
+
+
+@triton.jit
+def find_tile(index, tiles, ends, counts, M):
+    """The index-th used tile -> (its matrix, tile within it, used rows of the matrix)."""
+    before = ends <= index
+    expert = tl.sum(before.to(tl.int32), 0)
+    tile = index - tl.sum(tl.where(before, tiles, 0), 0)
+    return expert.to(tl.int64), tile, tl.minimum(tl.load(counts + expert).to(tl.int32), M)
+
+
+@triton.jit
+def scale_offset(
+    expert, M, groups, stride_s, MN_MAJOR: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """Where a matrix's scales start."""
+    if MN_MAJOR:
+        return expert * stride_s * tl.cdiv(groups, 4 if PACKED else 1)
+    else:
+        return expert * M * groups
+
+
+@triton.jit
+def store_tile(
+    values, q, s, destinations, row, first_group, limit, K, groups, stride_s,
+    FLOOR: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    MN_MAJOR: tl.constexpr, PACKED: tl.constexpr, COPIES: tl.constexpr,
+):  # fmt: skip
+    """Quantize float32 values [ROWS, GROUPS * GROUP] of rows `row` and store codes and scales."""
+    ue8m0: tl.constexpr = PACKED or s.dtype.element_ty == tl.uint8
+    codes, scale = quantize(tl.reshape(values, [ROWS * GROUPS, GROUP]), ue8m0, FLOOR)
+    codes = tl.reshape(codes, [ROWS, GROUPS * GROUP])
+    scale = tl.reshape(scale, [ROWS, GROUPS])
+    group = first_group + tl.arange(0, GROUPS)
+    if PACKED:
+        scale = tl.where(group[None, :] < groups, scale.to(tl.int32), 0)
+        scale = scale << ((tl.arange(0, GROUPS) % 4) * 8)[None, :]
+        scale = tl.sum(tl.reshape(scale, [ROWS, GROUPS // 4, 4]), axis=2)
+        column = first_group // 4 + tl.arange(0, GROUPS // 4)
+        column_used = column * 4 < groups
+    else:
+        column, column_used = group, group < groups
+    k = first_group * GROUP + tl.arange(0, GROUPS * GROUP)
+    for copy in tl.static_range(COPIES if COPIES > 0 else 1):
+        if COPIES > 0:
+            place = destinations + row * COPIES + copy
+            target = tl.load(place, mask=row < limit, other=-1).to(tl.int64)
+            used = target >= 0
+        else:
+            target, used = row, row < limit
+        mask = used[:, None] & (k < K)[None, :]
+        tl.store(q + target[:, None] * K + k[None, :], codes, mask=mask)
+        if MN_MAJOR:
+            scales = s + column.to(tl.int64)[None, :] * stride_s + target[:, None]
+        else:
+            scales = s + target[:, None] * groups + column[None, :]
+        tl.store(scales, scale, mask=used[:, None] & column_used[None, :])

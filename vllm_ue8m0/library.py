@@ -1,0 +1,120 @@
+"""The operators as torch ops `vllm_ue8m0::*`, which the vLLM glue traces.
+
+Each has a fake implementation, mutates nothing and, but for `weight_quant`, never synchronizes with
+the host on a GPU. Arguments are those of `reference`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import dispatch
+from .formats import BLOCK, SF_FLOOR
+from .layouts import ceil_div, empty_scale, grid_shape
+
+E4M3 = torch.float8_e4m3fn
+
+_LIBRARY = torch.library.Library("vllm_ue8m0", "FRAGMENT")
+_QUANT = f', int group={BLOCK}, bool ue8m0=False, int floor={SF_FLOOR}, str layout="row_major"'
+_ROWS = ", Tensor? counts=None, Tensor? destinations=None, int? out_rows=None"
+_SCHEMAS = {
+    "act_quant": f"(Tensor x{_QUANT}{_ROWS}) -> (Tensor, Tensor)",
+    "silu_mul_quant": f"(Tensor gate_up{_QUANT}{_ROWS}) -> (Tensor, Tensor)",
+    "rms_norm_quant": "(Tensor x, Tensor weight, float eps, Tensor? residual=None"
+    f"{_QUANT}, bool normed=False) -> Tensor[]",
+    "weight_quant": "(Tensor w, bool ue8m0) -> (Tensor, Tensor)",
+    "weight_dequant": "(Tensor w, Tensor sf, int[] gran, Tensor? c, ScalarType out_dtype)"
+    " -> Tensor",
+    "gemm": "(Tensor a, Tensor a_s, Tensor w, Tensor sf, Tensor? c, Tensor? bias, int[] gran,"
+    " ScalarType out_dtype) -> Tensor",
+    "linear": "(Tensor x, Tensor w, Tensor sf, Tensor? c, Tensor? bias, int[] gran,"
+    " str activation_scale) -> Tensor",
+    "experts": "(Tensor x, Tensor w13, Tensor sf13, Tensor? c13, Tensor w2, Tensor sf2,"
+    " Tensor? c2, Tensor topk_weights, Tensor topk_ids, int[] gran13, int[] gran2,"
+    " str activation_scale, bool weight_on_input) -> Tensor",
+}
+
+
+def _fake_act_quant(
+    x: torch.Tensor, group: int = BLOCK, ue8m0: bool = False, floor: int = SF_FLOOR,
+    layout: str = "row_major", counts: Any = None, destinations: Any = None,
+    out_rows: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    *leading, M = x.shape[:-1] if out_rows is None else (out_rows,)
+    K = x.shape[-1]
+    scale = empty_scale(leading, M, ceil_div(K, group), ue8m0, layout, x.device)
+    return x.new_empty((*leading, M, K), dtype=E4M3), scale
+
+
+def _fake_silu_mul_quant(
+    gate_up: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake_act_quant(gate_up[..., : gate_up.shape[-1] // 2], *args, **kwargs)
+
+
+def _fake_rms_norm_quant(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None,
+    group: int = BLOCK, ue8m0: bool = False, floor: int = SF_FLOOR, layout: str = "row_major",
+    normed: bool = False,
+) -> list[torch.Tensor]:  # fmt: skip
+    extra = (residual is not None) + normed
+    return [
+        *_fake_act_quant(x, group, ue8m0, floor, layout),
+        *(x.new_empty(x.shape) for _ in range(extra)),
+    ]
+
+
+def _fake_weight_quant(w: torch.Tensor, ue8m0: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    grid = grid_shape(w.shape[0], w.shape[1], (BLOCK, BLOCK))
+    scale_dtype = torch.uint8 if ue8m0 else torch.float32
+    return w.new_empty(w.shape, dtype=E4M3), w.new_empty(grid, dtype=scale_dtype)
+
+
+def _fake_weight_dequant(
+    w: torch.Tensor, sf: torch.Tensor, gran: list[int], c: Any, out_dtype: torch.dtype
+) -> torch.Tensor:
+    return w.new_empty(w.shape, dtype=out_dtype)
+
+
+def _fake_gemm(
+    a: torch.Tensor, a_s: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, c: Any, bias: Any,
+    gran: list[int], out_dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    return a.new_empty((a.shape[0], w.shape[0]), dtype=out_dtype)
+
+
+def _fake_linear(x: torch.Tensor, w: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return x.new_empty((x.shape[0], w.shape[0]))
+
+
+def _fake_experts(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+_FAKES = {
+    "act_quant": _fake_act_quant,
+    "silu_mul_quant": _fake_silu_mul_quant,
+    "rms_norm_quant": _fake_rms_norm_quant,
+    "weight_quant": _fake_weight_quant,
+    "weight_dequant": _fake_weight_dequant,
+    "gemm": _fake_gemm,
+    "linear": _fake_linear,
+    "experts": _fake_experts,
+}
+
+
+def _register(name: str) -> None:
+    def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return getattr(dispatch.choose(name, x.device.type).load(), name)(x, *args, **kwargs)
+
+    _LIBRARY.define(name + _SCHEMAS[name])
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"vllm_ue8m0::{name}", _FAKES[name], lib=_LIBRARY)  # type: ignore[arg-type]
+
+
+for _name in _SCHEMAS:
+    _register(_name)
+OPS: Any = torch.ops.vllm_ue8m0

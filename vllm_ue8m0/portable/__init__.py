@@ -1,0 +1,30 @@
+"""The portable backend: Triton kernels, also run by Triton's CPU interpreter.
+
+Same operators, signatures and results as `reference`; these modules allocate outputs, route, and
+launch. Nothing here waits for the device, so that everything can be captured in a CUDA graph, but
+`weight_quant`, which refuses NaN. Quantization runs on sm_80 and newer, products on sm_89.
+"""
+
+from .products import experts, gemm, linear
+from .quant import (
+    act_quant,
+    describe,
+    rms_norm_quant,
+    silu_mul_quant,
+    weight_dequant,
+    weight_quant,
+    weight_quant_unchecked,
+)
+
+__all__ = [
+    "act_quant",
+    "describe",
+    "experts",
+    "gemm",
+    "linear",
+    "rms_norm_quant",
+    "silu_mul_quant",
+    "weight_dequant",
+    "weight_quant",
+    "weight_quant_unchecked",
+]

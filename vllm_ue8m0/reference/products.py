@@ -1,0 +1,104 @@
+"""Products: the float32 product of the dequantized operands, times c, plus bias, rounded once.
+
+For power-of-two scales each dequantized operand is exact, so nothing but the order of the float32
+sum is left open.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..layouts import ceil_div
+from .quant import dequantize, dequantize_activations, fake_quant, silu_mul
+
+# Rows of a weight dequantized at a time: bounds the float32 copy to 64 MiB.
+_CHUNK_ELEMENTS = 1 << 24
+
+
+def matmul(
+    a: torch.Tensor,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    gran: tuple[int, int],
+    c: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """a [M, K] float32 @ dequantized w [N, K]^T -> [M, N] float32, a few weight rows at a time."""
+    N, K = w.shape
+    rows = max(_CHUNK_ELEMENTS // max(K, 1) // gran[0], 1) * gran[0]
+    out = torch.empty(a.shape[0], N, dtype=torch.float32, device=a.device)
+    for start in range(0, N, rows):
+        stop = min(start + rows, N)
+        scales = sf[start // gran[0] : ceil_div(stop, gran[0])]
+        torch.mm(a, dequantize(w[start:stop], scales, gran).t(), out=out[:, start:stop])
+    if c is not None:
+        out *= c.repeat_interleave(gran[0])[:N]
+    if bias is not None:
+        out += bias.to(torch.float32)
+    return out
+
+
+def gemm(
+    a: torch.Tensor,
+    a_s: torch.Tensor,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: tuple[int, int],
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Quantized a [M, K] with 1 x gk scales, times w [N, K]^T -> [M, N] out_dtype."""
+    return matmul(dequantize_activations(a, a_s, gran[1]), w, sf, gran, c, bias).to(out_dtype)
+
+
+def linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: tuple[int, int],
+    activation_scale: str,
+) -> torch.Tensor:
+    """Quantize x [M, K] as activation_scale says, times w^T -> [M, N] in x's dtype."""
+    a = fake_quant(x, gran[1], activation_scale)
+    return matmul(a, w, sf, gran, c, bias).to(x.dtype)
+
+
+def experts(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    sf13: torch.Tensor,
+    c13: torch.Tensor | None,
+    w2: torch.Tensor,
+    sf2: torch.Tensor,
+    c2: torch.Tensor | None,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    gran13: tuple[int, int],
+    gran2: tuple[int, int],
+    activation_scale: str,
+    weight_on_input: bool,
+) -> torch.Tensor:
+    """Routed experts: x [M, H], w13 [E, 2I, H] (gate rows first), w2 [E, H, I] -> [M, H].
+
+    topk_ids [M, topk] are local expert ids, -1 = skip (padding, or an expert of another rank).
+    Every (token, slot) product is weighted in float32 and rounded to x's dtype; the slots of a
+    token are summed in float32 in slot order and rounded once.
+    """
+    M, topk = topk_ids.shape
+    slots = torch.zeros(M, topk, x.shape[1], dtype=x.dtype, device=x.device)
+    source = x * topk_weights.to(x.dtype) if weight_on_input else x
+    for expert in topk_ids[topk_ids >= 0].unique().tolist():
+        token, slot = (topk_ids == expert).nonzero(as_tuple=True)
+        gate_up = linear(
+            source[token], w13[expert], sf13[expert],
+            None if c13 is None else c13[expert], None, gran13, activation_scale,
+        )  # fmt: skip
+        hidden = fake_quant(silu_mul(gate_up), gran2[1], activation_scale)
+        out = matmul(hidden, w2[expert], sf2[expert], gran2, None if c2 is None else c2[expert])
+        if not weight_on_input:
+            out *= topk_weights[token, slot, None].to(torch.float32)
+        slots[token, slot] = out.to(x.dtype)
+    return slots.to(torch.float32).sum(1).to(x.dtype)
