@@ -34,7 +34,8 @@ def test_quantization_compiles(capability):
     kernels = {name: line for name, line in lines.items() if "quant" in name or "silu" in name}
     assert len(kernels) == 11
     for name, line in kernels.items():
-        few = 256 if name == "weight_quant fp32" else 0  # with 4 warps, and faster all the same
+        # By Triton 3.6; the first with 4 warps, and faster all the same.
+        few = {"weight_quant fp32": 256, "rms_norm_quant fp32": 8}.get(name, 0)
         assert int(re.search(r"spilled (\d+) ", line)[1]) <= few, f"{name}: {line}"
         if name in ("act_quant ue8m0", "silu_mul_quant", "rms_norm_quant"):
             assert "ld.global.v4.b32" in line and "st.global.v4.b32" in line  # 16 bytes each

@@ -90,8 +90,24 @@ def encode_e4m3(x):
         code = tl.minimum(tl.where(magnitude < 0x3C800000, subnormal, normal), 0x7E)
         code = code | ((bits >> 24) & 0x80)
         return tl.where(magnitude > 0x7F800000, E4M3_NAN, code).to(tl.uint8)
-    else:
+    elif cuda_capability_geq(9, 0):
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        return encode_e4m3_sm89(x)
+
+
+@triton.jit
+def encode_e4m3_sm89(x):
+    """encode_e4m3 for sm_89, where Triton 3.6 rounds twice, by way of fp16 (3.9 does not)."""
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .b16 low, high;
+            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high};
+        }""",
+        "=r,f,f,f,f", [x], dtype=tl.uint8, is_pure=True, pack=4,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -147,7 +147,7 @@ class Ue8m0Config(compat.QuantizationConfig):  # type: ignore[misc]
         if self.report.add(layer_kind, kind, finer):
             from ..dispatch import choose
 
-            logger.info(self.report.line(self.spec, choose(device.type).name))
+            logger.info(self.report.line(self.spec, choose("linear", device.type).name))
 
 
 def register_method() -> None:
