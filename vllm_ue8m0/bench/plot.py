@@ -106,7 +106,8 @@ def _series(records: Sequence[Record]) -> list[Series]:
         ("ours", lambda record: record.ours_us, {"color": COLORS[0], "marker": "o", "zorder": 3})
     ]
     others = [("peers_us", name) for name in names(records, "peers_us")]
-    others += [("context_us", name) for name in names(records, "context_us") if name != EMPTY]
+    context = names(records, "context_us")  # the table has what follows an empty kernel
+    others += [("context_us", name) for name in context if not name.startswith(EMPTY)]
     for i, (kind, name) in enumerate(others):
         style = {"color": COLORS[1 + i % (len(COLORS) - 1)], "marker": "s"}
         if kind == "context_us":
