@@ -78,7 +78,9 @@ def main() -> None:
     print(f"{size / 1e9:.2f} GB, {torch.get_num_threads()} torch threads, medians of 3:")
     for name, found in times.items():
         rounds = ", ".join(f"{value:.2f}" for value in found)
-        print(f"  {name:13}{medians[name]:7.2f} s {size / medians[name] / 1e9:6.2f} GB/s ({rounds})")
+        print(
+            f"  {name:13}{medians[name]:7.2f} s {size / medians[name] / 1e9:6.2f} GB/s ({rounds})"
+        )
     ratio = medians["convert"] / (sum(medians.values()) - medians["convert"])
     print(f"  convert / (cp + amax + cast) = {ratio:.2f} (aim: at most 1.4)")
 

@@ -22,6 +22,7 @@ import torch
 from .shards import DTYPE_BITS
 
 TEMPORARY = ".tmp"
+_FLUSH_BYTES = 1 << 26
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> safetensors dtype, shape
 
 
@@ -52,6 +53,7 @@ class ShardWriter:
         header, self.offsets, self.missing = _header(layout)
         self.data_start = len(header)
         self.lock = threading.Lock()
+        self.unflushed = 0
         self.finished = False
         # A new file: one that is there already could be a link to another.
         self.temporary.unlink(missing_ok=True)
@@ -63,6 +65,13 @@ class ShardWriter:
         self._write(data, self.data_start + self.offsets[name] + offset)
         with self.lock:
             self.missing -= len(data)
+            self.unflushed += len(data)
+            flush = self.unflushed >= _FLUSH_BYTES
+            self.unflushed -= _FLUSH_BYTES * flush
+        if flush and hasattr(os, "posix_fadvise"):
+            # Linux then begins to write to disk, instead of leaving it all to the last fsync: 15 %
+            # of the time for a shard of 1 GB (2 cores, 2026-11-22).
+            os.posix_fadvise(self.file, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _write(self, data: bytes | bytearray | memoryview, position: int) -> None:
         rest = memoryview(data)
