@@ -29,8 +29,8 @@ from .workers import Task, choose_workers, run_tasks
 from .writer import Layout, ShardWriter, file_size
 
 __all__ = ["DEFAULT_IGNORE", "QUANT_METHODS", "TARGETS", "Summary", "convert"]
-# Of the plan: header entry, step and output layout of a tensor, measured with 90,000 of them.
-_PLAN_BYTES = 4000
+# Header entry, step, output layout: 950 bytes for each tensor of 90,000, names of 50 characters.
+_PLAN_BYTES = 2000
 
 
 class Summary(NamedTuple):

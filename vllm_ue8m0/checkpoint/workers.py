@@ -1,7 +1,8 @@
 """Run the pieces of a conversion on several threads.
 
-Threads, not processes: torch releases the interpreter's lock in every pass over a piece, and a
-process more would cost another 200 MB for torch alone.
+Threads, not processes: torch releases the interpreter's lock in every pass over a piece. On two
+cores, two threads quantized 1.5 GB/s, two processes 1.3, one thread 0.9 (2026-11-22), and a process
+more would cost another 200 MB for torch alone.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def choose_workers(workers: int | None, max_memory: int | None, planned: int, pi
     planned bytes are needed once, `piece` bytes by each worker. Raises CheckpointError if not
     even one worker fits.
     """
-    wanted = workers or len(os.sched_getaffinity(0))
+    wanted = workers or _cores()
     budget = DEFAULT_MEMORY if max_memory is None else max_memory
     fixed, each = planned + _FIXED, int(piece * _SLACK)
     if max_memory is not None and budget < fixed + each:
@@ -51,6 +52,13 @@ def choose_workers(workers: int | None, max_memory: int | None, planned: int, pi
             f"{each / 2**20:.0f} MiB for each worker."
         )
     return max(min(wanted, (budget - fixed) // each), 1)
+
+
+def _cores() -> int:
+    """Those this process may use, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def run_tasks(tasks: Iterator[Task], workers: int, report: Callable[[int], None]) -> None:
