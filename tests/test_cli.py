@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from vllm_ue8m0.bench import QUANT_OPS
 from vllm_ue8m0.checkpoint.convert import QUANT_METHODS, TARGETS
 from vllm_ue8m0.checkpoint.steps import SCALE_DTYPES
 from vllm_ue8m0.cli import main
+from vllm_ue8m0.reference import weight_quant
 
 
 @pytest.fixture
@@ -39,6 +41,35 @@ def test_convert(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "100%" in captured.err
     assert main(["convert", target, str(tmp_path / "back"), "--to", "bf16"]) == 0
     assert load_file(tmp_path / "back" / "model.safetensors")["a.weight"].dtype == torch.bfloat16
+
+
+def test_convert_requantizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "source", str(tmp_path / "target")
+    source.mkdir()
+    codes, scale = weight_quant(torch.randn(300, 200), ue8m0=False)
+    save_file({"a.weight": codes, "a.weight_scale_inv": scale}, source / "model.safetensors")
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    assert main(["convert", str(source), target]) == 1
+    assert "--requantize" in capsys.readouterr().err
+    arguments = ["convert", str(source), target, "--requantize", "--workers", "3"]
+    assert main([*arguments, "--max-memory", "20MB"]) == 1
+    assert "--max-memory is 19 MiB; this checkpoint needs at least" in capsys.readouterr().err
+
+    def interrupt(self: object, done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vllm_ue8m0.checkpoint.writer.Progress.__call__", interrupt)
+        assert main(arguments) == 130
+    assert "The same command continues" in capsys.readouterr().err
+    assert main([*arguments, "--max-memory", "200MB"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    pattern = r"1 of them requantized, relative error at most [12]\.\d\d% \(a\.weight\)"
+    assert re.fullmatch(pattern, lines[1])
 
 
 @pytest.fixture
@@ -87,6 +118,8 @@ def test_errors_are_one_line(
         [],
         ["convert"],
         ["convert", "a", "b", "--to", "int8"],
+        ["convert", "a", "b", "--max-memory", "lots"],
+        ["convert", "a", "b", "--workers", "0"],
         ["bench"],
         ["bench", "quant", "--only", "gemm"],
         ["bench", "plot", "results.jsonl"],

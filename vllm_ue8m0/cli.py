@@ -16,8 +16,8 @@ Options = argparse.Namespace
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="directory of a safetensors checkpoint")
-    parser.add_argument("dst", metavar="DST", help="new or empty directory")
-    parser.add_argument("--to", choices=("ue8m0", "bf16"), default="ue8m0")
+    parser.add_argument("dst", metavar="DST", help="new, empty, or of an interrupted conversion")
+    parser.add_argument("--to", choices=("ue8m0", "bf16", "fp32-scales"), default="ue8m0")
     parser.add_argument(
         "--scale-dtype",
         choices=("float32", "uint8", "float8_e8m0fnu"),
@@ -38,25 +38,67 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="modules to leave unquantized besides heads, embeddings and routers, e.g. '*.o_proj'",
     )
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="round weights a second time where scales are not powers of two (refused otherwise)",
+    )
+    parser.add_argument(
+        "--max-memory",
+        type=_size,
+        metavar="BYTES",
+        help="what the process may grow by, e.g. 500MB; limits the workers (default: 2GiB)",
+    )
+    parser.add_argument(
+        "--workers", type=_positive, metavar="N", help="threads (default: one per core)"
+    )
+
+
+def _size(text: str) -> int:
+    from .checkpoint.workers import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more.")
+    return int(text)
 
 
 def _convert(options: Options) -> None:
     from .checkpoint.convert import DEFAULT_IGNORE, convert
     from .checkpoint.writer import Progress
 
-    summary = convert(
-        options.src,
-        options.dst,
-        to=options.to,
-        scale_dtype=options.scale_dtype,
-        quant_method=options.quant_method,
-        ignore=(*DEFAULT_IGNORE, *options.ignore),
-        progress=Progress(),
-    )
+    try:
+        summary = convert(
+            options.src,
+            options.dst,
+            to=options.to,
+            scale_dtype=options.scale_dtype,
+            quant_method=options.quant_method,
+            ignore=(*DEFAULT_IGNORE, *options.ignore),
+            progress=Progress(),
+            requantize=options.requantize,
+            workers=options.workers,
+            max_memory=options.max_memory,
+        )
+    except KeyboardInterrupt:
+        print("\nThe same command continues where this one stopped.", file=sys.stderr)
+        raise
     print(
         f"{options.dst}: {summary.converted} tensors converted, {summary.copied} copied, "
         f"{summary.bytes_read / 1e9:.2f} GB -> {summary.bytes_written / 1e9:.2f} GB"
     )
+    if summary.errors:
+        worst = max(summary.errors, key=lambda name: summary.errors[name])
+        print(
+            f"{len(summary.errors)} of them requantized, relative error at most "
+            f"{summary.errors[worst]:.2%} ({worst})"
+        )
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:

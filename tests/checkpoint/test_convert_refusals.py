@@ -28,7 +28,6 @@ def with_entry(value: float) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("scale", "message"),
     [
-        (ONES * 1.3228756, r"are 1\.32\d+ times powers of two"),
         (with_entry(0.3), "are not powers of two"),
         (with_entry(2.0**-127), "are not powers of two between 2"),
         (with_entry(0.0), r"block \[1, 2\] is 0\.0 \(1 such"),
@@ -128,26 +127,6 @@ def test_refused_destinations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(CheckpointError, match=r"needs 0\.00 GB, but only"):
         convert(source, tmp_path / "deep" / "b")
     assert not (tmp_path / "deep").exists()
-
-
-def test_interruption_leaves_nothing(tmp_path: Path) -> None:
-    calls: list[tuple[int, int]] = []
-
-    def interrupt(done: int, total: int) -> None:
-        calls.append((done, total))
-        if len(calls) == 5:
-            assert len(list((tmp_path / "b").iterdir())) > 1
-            raise KeyboardInterrupt
-
-    source = write_checkpoint(tmp_path / "a", linears())
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "b", max_shard_bytes=100_000, progress=interrupt)
-    assert not (tmp_path / "b").exists()
-    calls.clear()
-    convert(source, tmp_path / "b", progress=lambda *call: calls.append(call))
-    total = sum(t.nbytes for t in linears().values())
-    assert calls[-1] == (total, total)
-    assert calls == sorted(calls)
 
 
 def test_unfinished_shard_is_absent(tmp_path: Path) -> None:

@@ -1,32 +1,33 @@
-"""What `convert` does to one tensor: copy, quantize, keep exactly, dequantize.
+"""What `convert` does to one tensor: copy, quantize, keep, dequantize, requantize.
 
-A step knows the output tensors' dtypes and shapes from the source's headers, and writes them in
-pieces of some rows of blocks, so that no step needs memory for a whole large tensor.
+A step knows the output tensors' dtypes and shapes from the source's headers. Its work comes in
+pieces, some rows of blocks each, which need nothing of one another: they may run in any order and
+at the same time, and no step needs memory for a whole large tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from ..codec import (
-    ScaleClass,
-    convert_scale_from_ue8m0,
-    exact_ue8m0,
-    scale_to_float,
-)
-from ..formats import BLOCK, FP8_MAX, FP8_NAN_CODE
+from ..codec import convert_scale_from_ue8m0, exact_ue8m0, scale_to_float
+from ..formats import BLOCK
 from ..layouts import ceil_div, grid_shape
-from ..reference import weight_dequant, weight_quant
+from ..reference import dequantize, weight_dequant
+from .quantize import quantize_blocks
+from .scales import nonzero_blocks, refuse_nan
 from .shards import Checkpoint, CheckpointError, read_bytes
 from .writer import Layout, ShardWriter, as_bytes, num_bytes
 
 SCALE_DTYPES = {"float32": "F32", "uint8": "U8", "float8_e8m0fnu": "F8_E8M0"}
-# 2 Mi elements: 8 MiB in float32, about 24 MiB with the temporaries of weight_quant.
-_CHUNK_ELEMENTS = 1 << 21
-_COPY_BYTES = 1 << 24
+# 1 Mi elements: 2 MiB of bf16, so that the passes over a piece stay in a core's cache.
+_CHUNK_ELEMENTS = 1 << 20
+_COPY_BYTES = 1 << 22
+
+Piece = Callable[[ShardWriter], int]  # writes its part, returns the source bytes it has done
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -55,164 +56,214 @@ class Copy:
         info = self.source.tensors[self.name]
         return {self.name: (info.dtype, info.shape)}
 
-    def run(self, shard: ShardWriter) -> Iterator[int]:
-        """Write the outputs; yields the number of source bytes done after each piece."""
+    @property
+    def memory(self) -> int:
+        """Bytes that one piece needs at a time, at most."""
+        return _COPY_BYTES
+
+    def pieces(self) -> Iterator[Piece]:
         info = self.source.tensors[self.name]
-        size = info.end - info.start
-        for offset in range(0, size, _COPY_BYTES):
-            data = read_bytes(info, offset, min(_COPY_BYTES, size - offset))
-            shard.write(self.name, data, offset)
-            yield len(data)
+        for offset in range(0, info.end - info.start, _COPY_BYTES):
+            yield partial(self._run, offset)
+
+    def _run(self, offset: int, shard: ShardWriter) -> int:
+        info = self.source.tensors[self.name]
+        data = read_bytes(info, offset, min(_COPY_BYTES, info.end - info.start - offset))
+        shard.write(self.name, data, offset)
+        return len(data)
 
 
 @dataclass(frozen=True)
-class Quantize:
-    """A float weight [N, K] -> e4m3 codes and UE8M0 scales in weight_scale_inv."""
+class _Blocks:
+    """A weight [N, K] and its scales, in chunks of rows."""
 
     name: str
     source: Checkpoint
-    scale_dtype: str
+
+    # Bytes of working memory for each element of a chunk, all temporaries counted.
+    _bytes_per_element = 0
 
     @property
     def scale_name(self) -> str:
+        """The output's: the one that every loader knows, whatever the source calls its own."""
         return self.name.removesuffix(".weight") + ".weight_scale_inv"
 
     @property
-    def layout(self) -> Layout:
+    def shape(self) -> tuple[int, int]:
         N, K = self.source.tensors[self.name].shape
-        scale = SCALE_DTYPES[self.scale_dtype], grid_shape(N, K, (BLOCK, BLOCK))
-        return {self.name: ("F8_E4M3", (N, K)), self.scale_name: scale}
+        return N, K
 
-    def run(self, shard: ShardWriter) -> Iterator[int]:
-        N, K = self.source.tensors[self.name].shape
-        row_bytes = num_bytes(SCALE_DTYPES[self.scale_dtype], (ceil_div(K, BLOCK),))
-        for start, stop in row_chunks(N, K):
-            w = self.source.load(self.name, start, stop)
-            try:
-                codes, sf = weight_quant(w)
-            except ValueError:
-                raise CheckpointError(
-                    f"{self.name} holds NaN or Inf between rows {start} and {stop - 1}: the "
-                    "source is damaged. Fetch it again, or leave the tensor out with --ignore."
-                ) from None
-            shard.write(self.name, as_bytes(codes), start * K)
-            scale = as_bytes(encode_scale(sf, self.scale_dtype))
-            shard.write(self.scale_name, scale, start // BLOCK * row_bytes)
-            yield w.nbytes
+    @property
+    def memory(self) -> int:
+        N, K = self.shape
+        rows = next((stop for _, stop in row_chunks(N, K)), 0)
+        # The quantizers pad the last block.
+        return ceil_div(rows, BLOCK) * ceil_div(K, BLOCK) * BLOCK**2 * self._bytes_per_element
+
+    def pieces(self) -> Iterator[Piece]:
+        for start, stop in row_chunks(*self.shape):
+            yield partial(self._run, start, stop)
+
+    def _run(self, start: int, stop: int, shard: ShardWriter) -> int:
+        raise NotImplementedError
+
+    def _codes_layout(self, scale_dtype: str) -> Layout:
+        scale = SCALE_DTYPES[scale_dtype], grid_shape(*self.shape, (BLOCK, BLOCK))
+        return {self.name: ("F8_E4M3", self.shape), self.scale_name: scale}
+
+    def _write(
+        self, shard: ShardWriter, start: int, codes: torch.Tensor, scale: torch.Tensor
+    ) -> None:
+        shard.write(self.name, as_bytes(codes), start * codes.shape[1])
+        row = scale.shape[1] * scale.itemsize
+        shard.write(self.scale_name, as_bytes(scale), start // BLOCK * row)
 
 
 @dataclass(frozen=True)
-class KeepExact:
-    """A block FP8 weight whose scales are 2^k: its codes, and the same scales as asked for."""
+class Quantize(_Blocks):
+    """A float weight -> e4m3 codes, and UE8M0 scales or float32 amax / 448."""
 
-    name: str
-    source: Checkpoint
-    scale_name: str
+    scale_dtype: str
+    ue8m0: bool = True
+
+    _bytes_per_element = 24
+
+    @property
+    def layout(self) -> Layout:
+        return self._codes_layout(self.scale_dtype)
+
+    def _run(self, start: int, stop: int, shard: ShardWriter) -> int:
+        w = self.source.load(self.name, start, stop)
+        try:
+            codes, scale = quantize_blocks(w, self.ue8m0)
+        except ValueError:
+            raise CheckpointError(
+                f"{self.name} holds NaN or Inf between rows {start} and {stop - 1}: the "
+                "source is damaged. Fetch it again, or leave the tensor out with --ignore."
+            ) from None
+        scale = encode_scale(scale, self.scale_dtype) if self.ue8m0 else scale
+        self._write(shard, start, codes, scale)
+        return w.nbytes
+
+
+@dataclass(frozen=True)
+class _Fp8(_Blocks):
+    """A block FP8 weight whose scales have been checked."""
+
+    source_scale: str
+
+    def _load(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes, and scales as stored."""
+        codes = self.source.load(self.name, start, stop)
+        refuse_nan(self.name, codes)
+        return codes, self.source.load(self.source_scale, start // BLOCK, ceil_div(stop, BLOCK))
+
+
+@dataclass(frozen=True)
+class KeepExact(_Fp8):
+    """Scales 2^k: the codes, and the same scales as asked for."""
+
     scale_dtype: str
 
+    _bytes_per_element = 5
+
     @property
     def layout(self) -> Layout:
-        codes, scale = self.source.tensors[self.name], self.source.tensors[self.scale_name]
-        return {
-            self.name: (codes.dtype, codes.shape),
-            self.scale_name: (SCALE_DTYPES[self.scale_dtype], scale.shape),
-        }
+        return self._codes_layout(self.scale_dtype)
 
-    def run(self, shard: ShardWriter) -> Iterator[int]:
-        sf = exact_bytes(self.source, self.name, self.scale_name)
-        shard.write(self.scale_name, as_bytes(encode_scale(sf, self.scale_dtype)))
-        N, K = self.source.tensors[self.name].shape
-        for start, stop in row_chunks(N, K):
-            codes = self.source.load(self.name, start, stop)
-            _refuse_nan(self.name, codes)
-            shard.write(self.name, as_bytes(codes), start * K)
-            yield codes.nbytes
+    def _run(self, start: int, stop: int, shard: ShardWriter) -> int:
+        codes, stored = self._load(start, stop)
+        scale = scale_to_float(stored)
+        tiny = scale < torch.finfo(torch.float32).tiny
+        used = nonzero_blocks(codes) | ~tiny if bool(tiny.any()) else None
+        sf = exact_ue8m0(scale, used).sf
+        assert sf is not None, f"{self.source_scale} was classified as powers of two"
+        self._write(shard, start, codes, encode_scale(sf, self.scale_dtype))
+        return codes.nbytes
 
 
 @dataclass(frozen=True)
-class Dequantize:
-    """A block FP8 weight -> bf16: code * scale in float32, rounded once."""
+class KeepScales(_Fp8):
+    """Any scales: the codes, and the scales as float32, a float32 scale byte for byte."""
 
-    name: str
-    source: Checkpoint
-    scale_name: str
+    _bytes_per_element = 5
 
     @property
     def layout(self) -> Layout:
-        return {self.name: ("BF16", self.source.tensors[self.name].shape)}
+        return self._codes_layout("float32")
 
-    def run(self, shard: ShardWriter) -> Iterator[int]:
-        scale = load_scale(self.source, self.name, self.scale_name)[0]
-        if bool((scale > torch.finfo(torch.bfloat16).max / FP8_MAX).any()):
+    def _run(self, start: int, stop: int, shard: ShardWriter) -> int:
+        codes, stored = self._load(start, stop)
+        self._write(shard, start, codes, scale_to_float(stored))
+        return codes.nbytes
+
+
+@dataclass(frozen=True)
+class Dequantize(_Fp8):
+    """A block FP8 weight -> bf16: code * scale in float32, rounded once."""
+
+    _bytes_per_element = 20
+
+    @property
+    def layout(self) -> Layout:
+        return {self.name: ("BF16", self.shape)}
+
+    def _run(self, start: int, stop: int, shard: ShardWriter) -> int:
+        codes, stored = self._load(start, stop)
+        values = weight_dequant(codes, scale_to_float(stored))
+        shard.write(self.name, as_bytes(values), start * codes.shape[1] * 2)
+        return codes.nbytes
+
+
+@dataclass(frozen=True)
+class Requantize(_Fp8):
+    """Arbitrary scales: the weight's float32 values quantized anew with UE8M0 scales."""
+
+    scale_dtype: str
+    # Of each piece done: first row, sum of squared errors, sum of squared values.
+    squares: list[tuple[int, float, float]] = field(default_factory=list)
+
+    _bytes_per_element = 40
+
+    @property
+    def layout(self) -> Layout:
+        return self._codes_layout(self.scale_dtype)
+
+    @property
+    def relative_error(self) -> float:
+        """||new - old|| / ||old|| of the whole weight, when all pieces are done."""
+        parts = sorted(self.squares)  # the same sum in whatever order they were done
+        old = sum(part[2] for part in parts)
+        return float((sum(part[1] for part in parts) / old) ** 0.5) if old else 0.0
+
+    def _run(self, start: int, stop: int, shard: ShardWriter) -> int:
+        codes, stored = self._load(start, stop)
+        gran = (BLOCK, BLOCK)
+        old = dequantize(codes, scale_to_float(stored), gran)
+        try:
+            new, sf = quantize_blocks(old, ue8m0=True)
+        except ValueError:
             raise CheckpointError(
-                f"{self.scale_name}: the largest scale is {float(scale.max()):g}; with it, weights "
-                "overflow bf16. The source is damaged."
-            )
-        N, K = self.source.tensors[self.name].shape
-        for start, stop in row_chunks(N, K):
-            codes = self.source.load(self.name, start, stop)
-            _refuse_nan(self.name, codes)
-            values = weight_dequant(codes, scale[start // BLOCK : ceil_div(stop, BLOCK)])
-            shard.write(self.name, as_bytes(values), start * K * 2)
-            yield codes.nbytes
+                f"{self.source_scale}: with the scales between rows {start // BLOCK} and "
+                f"{(stop - 1) // BLOCK}, weights overflow float32. The source is damaged."
+            ) from None
+        self._write(shard, start, new, encode_scale(sf, self.scale_dtype))
+        # Squares of very small and very large weights leave float32's range, not float64's.
+        difference = (dequantize(new, sf, gran) - old).view(-1).double()
+        values = old.view(-1).double()
+        self.squares.append((start, float(difference.dot(difference)), float(values.dot(values))))
+        return codes.nbytes
 
 
-Step = Copy | Quantize | KeepExact | Dequantize
+Step = Copy | Quantize | KeepExact | KeepScales | Dequantize | Requantize
 
 
-def _refuse_nan(name: str, codes: torch.Tensor) -> None:
-    if bool((codes.view(torch.uint8) & FP8_NAN_CODE == FP8_NAN_CODE).any()):
-        raise CheckpointError(f"{name} holds NaN codes: the source is damaged, fetch it again.")
+def source_bytes(steps: list[Step]) -> int:
+    """Bytes of the source's tensors that the steps read, scales not counted."""
+    infos = (step.source.tensors[step.name] for step in steps)
+    return sum(info.end - info.start for info in infos)
 
 
-def load_scale(
-    source: Checkpoint, name: str, scale_name: str
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scales as float32, and a mask (None: all) of those that matter.
-
-    A scale of 0, or code 0, does not matter over a block of zeros. Raises CheckpointError for
-    any other 0 and for negative, infinite and NaN scales.
-    """
-    scale = scale_to_float(source.load(scale_name))
-    bad = ~scale.isfinite() | (scale < 0)
-    used = None
-    if bool((scale < torch.finfo(torch.float32).tiny).any()):
-        used = _nonzero_blocks(source, name) | (scale >= torch.finfo(torch.float32).tiny)
-        bad |= (scale == 0) & used
-    if bool(bad.any()):
-        row, column = (int(i) for i in bad.nonzero()[0])
-        raise CheckpointError(
-            f"{scale_name}: the scale of block [{row}, {column}] is {float(scale[row, column])} "
-            f"({int(bad.sum())} such scales); a scale must be positive and finite. The weights of "
-            "such a block are lost: fetch the checkpoint again."
-        )
-    return scale, used
-
-
-def exact_bytes(source: Checkpoint, name: str, scale_name: str) -> torch.Tensor:
-    """The uint8 codes of scales that are powers of two; raises CheckpointError for others."""
-    scale, used = load_scale(source, name, scale_name)
-    exact = exact_ue8m0(scale, used)
-    if exact.kind is ScaleClass.POW2 and exact.sf is not None:
-        return exact.sf
-    found = "are not powers of two between 2^-126 and 2^127"
-    if exact.kind is ScaleClass.FACTORED:
-        found = f"are {exact.c} times powers of two, not powers of two"
-    raise CheckpointError(
-        f"{scale_name}: the scales {found}, and rounding them would change the weights. Serve the "
-        "checkpoint as it is, or accept a second rounding: `convert --to bf16`, then convert that."
-    )
-
-
-def _nonzero_blocks(source: Checkpoint, name: str) -> torch.Tensor:
-    """bool [ceil(N/128), ceil(K/128)]: whether the block holds a code other than +-0."""
-    N, K = source.tensors[name].shape
-    columns = ceil_div(K, BLOCK)
-    parts = []
-    for start, stop in row_chunks(N, K):
-        rows = ceil_div(stop - start, BLOCK)
-        codes = source.load(name, start, stop).view(torch.uint8) & 0x7F
-        pad = (0, columns * BLOCK - K, 0, rows * BLOCK - (stop - start))
-        blocks = torch.nn.functional.pad(codes, pad).view(rows, BLOCK, columns, BLOCK)
-        parts.append(blocks.amax(3).amax(1) > 0)
-    return torch.cat(parts)
+def output_bytes(steps: list[Step]) -> int:
+    """Bytes of the tensors that the steps write."""
+    return sum(num_bytes(*tensor) for step in steps for tensor in step.layout.values())

@@ -1,0 +1,73 @@
+"""The values of stored scales: which mean something, and what they are (2^k, c * 2^k, neither)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..codec import ScaleClass, exact_ue8m0, scale_to_float
+from ..formats import BLOCK, FP8_MAX, FP8_NAN_CODE
+from ..layouts import ceil_div
+from .shards import Checkpoint, CheckpointError
+
+_ROWS = 8 * BLOCK
+
+
+def load_scale(
+    source: Checkpoint, name: str, scale_name: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales as float32, and a mask (None: all) of those that matter.
+
+    A scale of 0, or code 0, does not matter over a block of zeros. Raises CheckpointError for
+    any other 0 and for negative, infinite and NaN scales.
+    """
+    scale = scale_to_float(source.load(scale_name))
+    bad = ~scale.isfinite() | (scale < 0)
+    used = None
+    if bool((scale < torch.finfo(torch.float32).tiny).any()):
+        used = _nonzero_blocks(source, name) | (scale >= torch.finfo(torch.float32).tiny)
+        bad |= (scale == 0) & used
+    if bool(bad.any()):
+        row, column = (int(i) for i in bad.nonzero()[0])
+        raise CheckpointError(
+            f"{scale_name}: the scale of block [{row}, {column}] is {float(scale[row, column])} "
+            f"({int(bad.sum())} such scales); a scale must be positive and finite. The weights of "
+            "such a block are lost: fetch the checkpoint again."
+        )
+    return scale, used
+
+
+def classify(source: Checkpoint, name: str, scale_name: str) -> tuple[ScaleClass, float]:
+    """The class of a weight's scales and their c; raises CheckpointError for unusable ones."""
+    exact = exact_ue8m0(*load_scale(source, name, scale_name))
+    return exact.kind, exact.c
+
+
+def check_bf16_range(source: Checkpoint, name: str, scale_name: str) -> None:
+    """Raise CheckpointError for unusable scales, and for those with which bf16 overflows."""
+    scale, _ = load_scale(source, name, scale_name)
+    if bool((scale > torch.finfo(torch.bfloat16).max / FP8_MAX).any()):
+        raise CheckpointError(
+            f"{scale_name}: the largest scale is {float(scale.max()):g}; with it, weights "
+            "overflow bf16. The source is damaged."
+        )
+
+
+def refuse_nan(name: str, codes: torch.Tensor) -> None:
+    """Raise CheckpointError if there is a NaN among e4m3 codes."""
+    if codes.numel() and int((codes.view(torch.uint8) & 0x7F).max()) == FP8_NAN_CODE:
+        raise CheckpointError(f"{name} holds NaN codes: the source is damaged, fetch it again.")
+
+
+def nonzero_blocks(codes: torch.Tensor) -> torch.Tensor:
+    """bool [ceil(N/128), ceil(K/128)]: whether the block holds a code other than +-0."""
+    N, K = codes.shape
+    rows, columns = ceil_div(N, BLOCK), ceil_div(K, BLOCK)
+    pad = (0, columns * BLOCK - K, 0, rows * BLOCK - N)
+    padded = torch.nn.functional.pad(codes.view(torch.uint8) & 0x7F, pad)
+    return padded.view(rows, BLOCK, columns, BLOCK).amax(3).amax(1) > 0
+
+
+def _nonzero_blocks(source: Checkpoint, name: str) -> torch.Tensor:
+    N = source.tensors[name].shape[0]
+    starts = range(0, N, _ROWS)
+    return torch.cat([nonzero_blocks(source.load(name, i, min(i + _ROWS, N))) for i in starts])
