@@ -21,6 +21,7 @@ _EXPORTS = {
     "convert_scale_from_ue8m0": "codec",
     "QuantSpec": "formats",
     "convert": "checkpoint.convert",
+    "inspect": "checkpoint.inspect",
 }
 __all__ = [*_EXPORTS, "__version__"]
 
