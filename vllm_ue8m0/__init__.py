@@ -22,6 +22,7 @@ _EXPORTS = {
     "QuantSpec": "formats",
     "convert": "checkpoint.convert",
     "inspect": "checkpoint.inspect",
+    "verify": "checkpoint.verify",
 }
 __all__ = [*_EXPORTS, "__version__"]
 

@@ -87,6 +87,34 @@ def _inspect(options: Options) -> int:
     return 0 if report.servable else 1
 
 
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", metavar="A", help="directory of a safetensors checkpoint")
+    parser.add_argument("b", metavar="B", help="another, in whatever format")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="accept a relative (Frobenius) error of at most R in every tensor",
+    )
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="print JSON, for programs")
+    shown.add_argument("--all", action="store_true", help="list every tensor")
+
+
+def _verify(options: Options) -> int:
+    from .checkpoint.verify import text, verify
+    from .checkpoint.writer import Progress
+
+    found = verify(options.a, options.b, options.tolerance, Progress())
+    if options.json:
+        json.dump(found.to_json(), sys.stdout)
+        print()
+    else:
+        print(text(found, options.all))
+    return 0 if found.passed else 1
+
+
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="benchmark", metavar="WHAT", required=True)
 
@@ -131,6 +159,7 @@ Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[Options],
 VERBS: dict[str, Verb] = {
     "inspect": ("say what a checkpoint holds and how it is served", _inspect_arguments, _inspect),
     "convert": ("write a checkpoint in another format", _convert_arguments, _convert),
+    "verify": ("compare the values of two checkpoints", _verify_arguments, _verify),
     "bench": ("time the operators, show and plot results", _bench_arguments, _bench),
 }
 

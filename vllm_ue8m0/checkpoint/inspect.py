@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..formats import BLOCK, ConfigError, QuantSpec, check_model_type
+from ..formats import ConfigError, QuantSpec, check_model_type
 from ..layouts import grid_shape
 from .check import (
     FLOAT_DTYPES,
@@ -21,6 +21,7 @@ from .check import (
     SCALE_SUFFIXES,
     Problem,
     check_scales,
+    declared_block,
     find_scale,
     is_fp8_weight,
 )
@@ -40,7 +41,7 @@ def inspect(directory: str | PathLike[str]) -> Report:
     """
     checkpoint = open_checkpoint(Path(directory))
     spec, problems = _read_config(checkpoint)
-    block, ignored = _block(checkpoint), spec.ignored_layers if spec else ()
+    block, ignored = declared_block(checkpoint), spec.ignored_layers if spec else ()
     tensors = checkpoint.tensors
     broken = check_scales(tensors, ignored, block)
     scales = {
@@ -117,14 +118,6 @@ def _text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """The language model's sizes, which multimodal configs nest."""
     nested = checkpoint.config.get("text_config")
     return {**checkpoint.config, **nested} if isinstance(nested, Mapping) else checkpoint.config
-
-
-def _block(checkpoint: Checkpoint) -> tuple[int, int]:
-    declared = checkpoint.config.get("quantization_config")
-    block = declared.get("weight_block_size") if isinstance(declared, Mapping) else None
-    if isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block):
-        return block[0], block[1]
-    return BLOCK, BLOCK
 
 
 def _scale_of(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:

@@ -26,7 +26,7 @@ def text(report: Report, everything: bool = False) -> str:
     total = report.total()
     lines = [report.path, ""]
     rows = _every_row(report.tensors) if everything else _folded_rows(report.tensors)
-    lines += [*_table([_HEADINGS, *rows], "<><><<><"), ""]
+    lines += [*table([_HEADINGS, *rows], "<><><<><"), ""]
     lines += _sums(report, total)
     lines += _histogram(report)
     lines += _tensor_parallel(report.tensors)
@@ -84,7 +84,8 @@ def _class(group: Sequence[Tensor]) -> str:
     return f"factored, {len(factors)} c in {factors[0]:.9g} .. {factors[-1]:.9g}"
 
 
-def _table(rows: Sequence[tuple[str, ...]], aligned: str) -> list[str]:
+def table(rows: Sequence[tuple[str, ...]], aligned: str) -> list[str]:
+    """Lines with a column per character of aligned, "<" left or ">" right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [
         [f"{cell:{side}{width}}" for cell, side, width in zip(row, aligned, widths, strict=True)]
@@ -147,7 +148,7 @@ def _tensor_parallel(tensors: Iterable[Tensor]) -> list[str]:
     if not found:
         return [f"no tensor-parallel size up to {TP_SIZES[-1]} cuts a block", ""]
     heading = ("scales finer than 128x128 at --tensor-parallel-size", *map(str, TP_SIZES))
-    lines = _table([heading, *found], "<>>>>>>")
+    lines = table([heading, *found], "<>>>>>>")
     if refusals:
         lines.append("refused (where it is the experts alone, --enable-expert-parallel helps):")
         for (size, reason), patterns in sorted(refusals.items()):
