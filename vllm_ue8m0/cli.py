@@ -92,7 +92,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("b", metavar="B", help="another, in whatever format")
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=_tolerance,
         default=0.0,
         metavar="R",
         help="accept a relative (Frobenius) error of at most R in every tensor",
@@ -100,6 +100,13 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="print JSON, for programs")
     shown.add_argument("--all", action="store_true", help="list every tensor")
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not value >= 0:  # NaN is not either
+        raise ValueError
+    return value
 
 
 def _verify(options: Options) -> int:
