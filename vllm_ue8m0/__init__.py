@@ -21,6 +21,8 @@ _EXPORTS = {
     "convert_scale_from_ue8m0": "codec",
     "QuantSpec": "formats",
     "convert": "checkpoint.convert",
+    "inspect": "checkpoint.inspect",
+    "verify": "checkpoint.verify",
 }
 __all__ = [*_EXPORTS, "__version__"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 
@@ -101,6 +102,68 @@ def _convert(options: Options) -> None:
         )
 
 
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="directory of a safetensors checkpoint")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="print JSON, for programs")
+    shown.add_argument("--all", action="store_true", help="list every tensor and every problem")
+    parser.add_argument(
+        "--plot", metavar="FILE.svg", help="draw the scales' exponents: .svg, .png or .pdf"
+    )
+
+
+def _inspect(options: Options) -> int:
+    from .checkpoint import plot, show
+    from .checkpoint.inspect import inspect
+
+    if options.plot is not None:
+        plot.check(options.plot)
+    report = inspect(options.directory)
+    if options.json:
+        json.dump(report.to_json(), sys.stdout)
+        print()
+    else:
+        print(show.text(report, options.all))
+    if options.plot is not None:
+        plot.save(report, options.plot)
+    return 0 if report.servable else 1
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", metavar="A", help="directory of a safetensors checkpoint")
+    parser.add_argument("b", metavar="B", help="another, in whatever format")
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=0.0,
+        metavar="R",
+        help="accept a relative (Frobenius) error of at most R in every tensor",
+    )
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="print JSON, for programs")
+    shown.add_argument("--all", action="store_true", help="list every tensor")
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not value >= 0:  # NaN is not either
+        raise ValueError
+    return value
+
+
+def _verify(options: Options) -> int:
+    from .checkpoint.verify import text, verify
+    from .checkpoint.writer import Progress
+
+    found = verify(options.a, options.b, options.tolerance, Progress())
+    if options.json:
+        json.dump(found.to_json(), sys.stdout)
+        print()
+    else:
+        print(text(found, options.all))
+    return 0 if found.passed else 1
+
+
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="benchmark", metavar="WHAT", required=True)
 
@@ -141,15 +204,17 @@ def _bench(options: Options) -> None:
         command.draw(options.records, options.picture)
 
 
-Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[Options], None]]
+Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[Options], int | None]]
 VERBS: dict[str, Verb] = {
+    "inspect": ("say what a checkpoint holds and how it is served", _inspect_arguments, _inspect),
     "convert": ("write a checkpoint in another format", _convert_arguments, _convert),
+    "verify": ("compare the values of two checkpoints", _verify_arguments, _verify),
     "bench": ("time the operators, show and plot results", _bench_arguments, _bench),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0, 1 (an error said on stderr), 2 (usage), 130."""
+    """Run one verb; returns the exit status: 0, 1 (no, or an error on stderr), 2 (usage), 130."""
     parser = argparse.ArgumentParser(prog="vllm-ue8m0", description="Block FP8 with UE8M0 scales.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -157,14 +222,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add_arguments(verbs.add_parser(name, help=text, description=text))
     options = parser.parse_args(arguments)
     try:
-        VERBS[options.verb][2](options)
+        status = VERBS[options.verb][2](options)
     except (ConfigError, CheckpointError, BenchError, OSError) as error:
         print(f"vllm-ue8m0 {options.verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nvllm-ue8m0 {options.verb}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

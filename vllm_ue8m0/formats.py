@@ -29,6 +29,14 @@ NON_POW2_POLICIES = ("keep", "requant", "error")
 OPTIONS = {"activation_scale": ACTIVATION_SCALES, "non_pow2": NON_POW2_POLICIES}
 
 
+# Architectures with a model tree of their own, whose indexer or fp4 experts the quantization method
+# does not serve: refused rather than half served.
+REFUSED_MODELS = {
+    "deepseek_v32": "its sparse-attention indexer loads quantized linears by code of its own",
+    "deepseek_v4": "its experts are MXFP4 and vLLM serves it by a method of its own",
+}
+
+
 class ConfigError(ValueError):
     """A quantization config that this project does not serve; the text says what to do."""
 
@@ -86,6 +94,11 @@ class QuantSpec:
                 "128x128 block FP8: serve this checkpoint without --quantization ue8m0."
             )
         ignored = config.get("ignored_layers") or config.get("modules_to_not_convert") or ()
+        if not isinstance(ignored, (list, tuple)) or not all(isinstance(i, str) for i in ignored):
+            raise ConfigError(
+                f"ignored_layers or modules_to_not_convert is {ignored!r}; allowed: a list of "
+                "module names."
+            )
         declared = "ue8m0" if scale_fmt == "ue8m0" else None
         return cls(
             scale_fmt=declared,
@@ -126,6 +139,15 @@ class QuantSpec:
     def options(self) -> dict[str, str]:
         """The options that change numerics, as they enter vLLM's compile hash."""
         return {key: getattr(self, key) for key in OPTIONS}
+
+
+def check_model_type(model_type: Any) -> None:
+    """Raise ConfigError for a model whose architecture is not served."""
+    if isinstance(model_type, str) and model_type in REFUSED_MODELS:
+        raise ConfigError(
+            f"--quantization ue8m0 does not serve {model_type} models: "
+            f"{REFUSED_MODELS[model_type]}. Serve it without --quantization ue8m0."
+        )
 
 
 def _require(config: Mapping[str, Any], key: str, allowed: tuple[Any, ...], default: Any) -> Any:

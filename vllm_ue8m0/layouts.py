@@ -39,6 +39,15 @@ def common_gran(boundaries: list[int], block: int = BLOCK) -> int:
     return gcd(block, *boundaries)
 
 
+def output_gran(sizes: list[int], output_size: int) -> int:
+    """Rows per scale of a fused layer's shards on one rank, of output_size rows in all ranks.
+
+    128 unless a fused boundary or a shard falls inside a block.
+    """
+    sharded = sum(sizes) != output_size
+    return common_gran(sizes if sharded else sizes[:-1])
+
+
 def refine(scale: torch.Tensor, dim: int, gran: int, block: int = BLOCK) -> torch.Tensor:
     """Repeat scales of `block`-sized blocks along `dim` onto a grid of `gran` (divides block)."""
     return scale if gran == block else scale.repeat_interleave(block // gran, dim=dim)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,7 @@ BROKEN = {
     "starts at byte": {"a": entry(), "b": entry(4, 12)},
     "leaves a hole": {"a": entry(), "b": entry(12, 20)},
     "bytes after the last tensor": {"a": entry()},
+    "more elements than any file holds": {"a": entry(shape=[2**47] * 30)},
     "is truncated": {"a": entry(), "b": entry(8, 16), "c": entry(16, 24)},
     r"which is 12 bytes, but its data_offsets \[0, 8\] span 8": {"a": entry(shape=[3])},
     "known: F4": {"a": entry(dtype="F128")},
@@ -196,6 +198,31 @@ def test_index_cannot_leave_the_directory(tmp_path: Path, file: object) -> None:
     edit_index(directory, a=file)
     with pytest.raises(CheckpointError, match=r"a is said to be in .*; allowed: a plain file name"):
         open_checkpoint(directory)
+
+
+@pytest.mark.parametrize("file", ["n" * 300, "\ud800"])
+def test_index_with_impossible_file_names(tmp_path: Path, file: str) -> None:
+    directory = two_shards(tmp_path)
+    edit_index(directory, a=file)
+    with pytest.raises(CheckpointError, match="is missing"):
+        open_checkpoint(directory)
+
+
+def test_messages_quote_a_line_of_the_header_at_most(tmp_path: Path) -> None:
+    path = write_raw(tmp_path / "x.safetensors", {"a" * 10_000: ["b" * 10_000]})
+    with pytest.raises(CheckpointError) as caught:
+        read_header(path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_late_repetition_in_a_large_header_is_found_at_once(tmp_path: Path) -> None:
+    names = [f"layer.{i}" for i in range(200_000)]
+    text = ",".join(f'"{name}":0' for name in [*names, names[-1]])
+    path = write_raw(tmp_path / "x.safetensors", f"{{{text}}}".encode())
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=r"'layer\.199999' occurs twice"):
+        read_header(path)
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("changes", [{"c": 1}, {"a": 2, "b": 1}])

@@ -23,6 +23,10 @@ def edit(tensors, name, change):
     tensors[name] = change(tensors[name])
 
 
+def rename(tensors, name, other):
+    tensors[other] = tensors.pop(name)
+
+
 def put(tensors, name, value):
     tensors[name].view(-1)[1] = value
 
@@ -49,6 +53,8 @@ DAMAGED = {
     "negative": ({}, lambda t: put(t, f"{UP}.weight_scale_inv", -1.0), "is negative"),
     "zero": ({}, lambda t: put(t, f"{UP}.weight_scale_inv", 0.0), "is zero"),
     "byte255": ({}, lambda t: as_bytes(t, 255), "byte 255"),
+    "byte0": ({}, lambda t: as_bytes(t, 0), "below 2^-126"),
+    "name": ({}, lambda t: rename(t, f"{DOWN}.weight_scale_inv", f"{DOWN}.scale"), "KeyError"),
     "truncated": ({}, None, "model.safetensors"),
 }  # fmt: skip
 
@@ -82,6 +88,20 @@ def outcomes(tmp_path_factory):
 def test_damaged_checkpoint_is_refused(outcomes, name):
     assert outcomes[name]["error"] is not None, "served as if nothing were wrong"
     assert DAMAGED[name][2] in outcomes[name]["error"]
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_inspect_says_so_beforehand(tmp_path, name):
+    from vllm_ue8m0 import inspect
+
+    damage(tmp_path / name, *DAMAGED[name][:2])
+    if name == "truncated":
+        file = tmp_path / name / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:100_000])
+        with pytest.raises(ValueError, match="is truncated"):
+            inspect(tmp_path / name)
+    else:
+        assert not inspect(tmp_path / name).servable
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -97,10 +97,12 @@ def test_relabelling_is_impossible():
             assert (got - values(w, scale)).norm() <= 2**-4 * values(w, scale).norm()
 
 
-def test_zero_scale_passes_only_over_zero_weights():
+@pytest.mark.parametrize("small", [0.0, 2.0**-127, 1e-40])
+def test_zero_scale_passes_only_over_zero_weights(small):
     w, scale = random_weight(256, 256)
-    scale[1, 0] = 0
-    with pytest.raises(ValueError, match=r"layer: .*block \(1, 0\) is zero"):
+    scale[1, 0] = small
+    what = "zero" if small == 0 else r"below 2\^-126"
+    with pytest.raises(ValueError, match=rf"layer: .*block \(1, 0\) is {what}.*, but the block"):
         encode(w, scale, [2], BLOCK, "keep", "layer")
     w.view(torch.uint8)[128:, :128] = 0x80  # minus zero counts as zero
     done = encode(w, scale, [2], BLOCK, "keep", "layer")

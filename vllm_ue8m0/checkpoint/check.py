@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..formats import BLOCK
 from ..layouts import grid_shape
-from .shards import INDEX_NAME, CheckpointError, TensorInfo, open_checkpoint
+from .shards import INDEX_NAME, Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 
 SCALE_SUFFIXES = (".weight_scale_inv", ".scale", ".weight_scale")
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0", "U8")
@@ -27,6 +27,15 @@ class Problem(NamedTuple):
 
     tensor: str
     problem: str
+
+
+def declared_block(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Rows and columns of a weight block: what config.json says, or 128 x 128."""
+    declared = checkpoint.config.get("quantization_config")
+    block = declared.get("weight_block_size") if isinstance(declared, dict) else None
+    if isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block):
+        return block[0], block[1]
+    return BLOCK, BLOCK
 
 
 def is_fp8_weight(name: str, info: TensorInfo) -> bool:
@@ -138,6 +147,7 @@ def check_local_checkpoint(path: str | os.PathLike[str]) -> None:
     if any(name.startswith("model-rank-") for name in files):
         return
     checkpoint = open_checkpoint(directory)
-    config = checkpoint.config.get("quantization_config") or {}
+    config = checkpoint.config.get("quantization_config")
+    config = config if isinstance(config, dict) else {}
     ignored = config.get("ignored_layers") or config.get("modules_to_not_convert") or ()
     raise_problems(str(directory), check_scales(checkpoint.tensors, ignored))

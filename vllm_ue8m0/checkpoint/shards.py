@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -25,6 +25,7 @@ SINGLE_NAME = "model.safetensors"
 # would need about 20 MB.
 _MAX_HEADER = 100_000_000
 _MAX_DIM = 1 << 48
+_MAX_BITS = 1 << 62
 
 DTYPE_BITS = {
     "F4": 4,
@@ -126,13 +127,21 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
         except (TypeError, KeyError, ValueError):
             numbers_ok = False
         if not numbers_ok or type(dtype) is not str:
-            raise CheckpointError(f"{path}: the header's entry of {name} is malformed: {entry!r}.")
+            raise CheckpointError(
+                f"{path}: the header's entry of {_clip(name)} is malformed: {_clip(repr(entry))}."
+            )
         bits = DTYPE_BITS.get(dtype)
         if bits is None:
             raise CheckpointError(
-                f"{path}: {name} has dtype {dtype!r}; known: {', '.join(DTYPE_BITS)}."
+                f"{path}: {_clip(name)} has dtype {_clip(repr(dtype))}; "
+                f"known: {', '.join(DTYPE_BITS)}."
             )
-        size = prod(shape) * bits
+        size = _num_bits(shape, bits)
+        if size is None:
+            raise CheckpointError(
+                f"{path}: {_clip(name)} has shape {_clip(str(shape))}, more elements than any "
+                "file holds. The header is damaged: fetch the file again."
+            )
         if size != (end - begin) * 8:
             raise CheckpointError(
                 f"{path}: {name} is {dtype} {list(shape)}, which is {size / 8:g} bytes, but its "
@@ -173,10 +182,25 @@ def _read_json(file: BinaryIO, path: str) -> tuple[dict[str, Any], int, int]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} occurs twice")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"the name {_clip(repr(counts.most_common(1)[0][0]))} occurs twice")
     return result
+
+
+def _num_bits(shape: tuple[int, ...], bits: int) -> int | None:
+    """Size of a tensor; None beyond what a file can hold, found without multiplying on."""
+    if 0 in shape:
+        return 0
+    for size in shape:
+        bits *= size
+        if bits > _MAX_BITS:
+            return None
+    return bits
+
+
+def _clip(text: str) -> str:
+    """No more of a header than fits into a message."""
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _check_layout(
@@ -224,7 +248,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{directory} holds no *.safetensors files.")
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        if not (directory / file).is_file():
+        if not _is_file(directory / file):
             count = sum(1 for shard in listed.values() if shard == file)
             raise CheckpointError(
                 f"{directory}: shard {file} is missing; {INDEX_NAME} puts {count} tensors in it. "
@@ -241,6 +265,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if name not in tensors or Path(tensors[name].file).name != file:
             raise CheckpointError(f"{directory}: {INDEX_NAME} puts {name} in {file}; it is not.")
     return Checkpoint(str(directory), tensors, _read_object(directory / "config.json"))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long for the file system, or with a lone surrogate
+        return False
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -12,18 +12,12 @@ from typing import Any
 import torch
 
 from ..checkpoint.check import check_local_checkpoint
-from ..formats import ConfigError, QuantSpec
+from ..formats import ConfigError, QuantSpec, check_model_type
 from . import compat
 from .weights import LoadReport
 
 NAME = "ue8m0"
 logger = compat.init_logger(f"vllm.{__name__}")
-# Architectures with a model tree of their own, whose indexer or fp4 experts this method does not
-# serve: refused rather than half served.
-_REFUSED_MODELS = {
-    "deepseek_v32": "its sparse-attention indexer loads quantized linears by code of its own",
-    "deepseek_v4": "its experts are MXFP4 and vLLM serves it by a method of its own",
-}
 _warned = False
 
 
@@ -80,12 +74,7 @@ class Ue8m0Config(compat.QuantizationConfig):  # type: ignore[misc]
         declared = hf_quant_cfg.get("quant_method")
         if user_quant != NAME and not (user_quant is None and declared == NAME):
             return None
-        model_type = getattr(hf_config, "model_type", None)
-        if model_type in _REFUSED_MODELS:
-            raise ConfigError(
-                f"--quantization ue8m0 does not serve {model_type} models: "
-                f"{_REFUSED_MODELS[model_type]}. Serve it without --quantization ue8m0."
-            )
+        check_model_type(getattr(hf_config, "model_type", None))
         QuantSpec.from_hf_config(hf_quant_cfg)  # raises with the reason, before anything is loaded
         return NAME
 

@@ -15,7 +15,7 @@ import torch
 
 from .. import library  # noqa: F401  (defines torch.ops.vllm_ue8m0)
 from ..formats import BLOCK, FP8_NAN_CODE, MIN_GROUP_K
-from ..layouts import ceil_div, common_gran, grid_shape
+from ..layouts import ceil_div, common_gran, grid_shape, output_gran
 from . import compat
 from .weights import decode_loaded_scale, encode
 
@@ -99,12 +99,6 @@ def scale_loader(
 def fix_dummy_scales(scale: torch.Tensor) -> torch.Tensor:
     """vLLM's dummy loader writes small random numbers; replace what cannot be a scale."""
     return torch.where(torch.frexp(scale.abs())[0] == 0.5, scale.abs(), DUMMY_SCALE)
-
-
-def output_gran(sizes: list[int], output_size: int) -> int:
-    """Rows per scale: 128 unless a fused boundary or a shard falls inside a block."""
-    sharded = sum(sizes) != output_size
-    return common_gran(sizes if sharded else sizes[:-1])
 
 
 @compat.register_weight_loader_v2_supported_method

@@ -107,7 +107,8 @@ def encode(
 
     segments: grid rows of each logical shard of a fused layer (summing to rows); c belongs to
     one shard of one expert. Raises ValueError, naming `where`, for scales or codes that were
-    never loaded, for zero scales of non-zero blocks, and for non_pow2 == "error".
+    never loaded, for non_pow2 == "error", and for scales of non-zero blocks that are zero or below
+    2^-126 (code 0 is 2^-127), which kernels that flush subnormals would take for zero.
     """
     if scale.isnan().any():
         raise ValueError(
@@ -120,14 +121,15 @@ def encode(
             "shard file is missing?). Fetch the checkpoint again."
         )
     valid = None
-    zero = scale == 0
+    zero = scale < torch.finfo(torch.float32).tiny
     if zero.any():
         used = _block_is_used(w, scale.shape, gran)
         if (zero & used).any():
             index = tuple((zero & used).nonzero()[0].tolist())
+            found = "zero" if scale[index] == 0 else "below 2^-126 (code 0)"
             raise ValueError(
-                f"{where}: the weight scale of block {index} is zero, but the block's weights are "
-                "not. The checkpoint is damaged: fetch it again."
+                f"{where}: the weight scale of block {index} is {found}, but the block's weights "
+                "are not zero. The checkpoint is damaged: fetch it again."
             )
         valid = ~zero
     lead = scale.shape[:-2]
