@@ -104,6 +104,25 @@ def test_same_values_in_other_codes_are_equal(tmp_path: Path) -> None:
     assert verify(write_checkpoint(tmp_path / "a", a), write_checkpoint(tmp_path / "b", b)).equal
 
 
+@pytest.mark.parametrize("nan", [True, False])
+@pytest.mark.parametrize("scale", [0.25, C])
+def test_all_codes_against_the_library(tmp_path: Path, scale: float, nan: bool) -> None:
+    code = torch.arange(256, dtype=torch.uint8)
+    code = (code if nan else code[(code & 0x7F) != 0x7F])[None].view(E4M3)
+    wide = torch.float64
+    a = {"a.weight": code, "a.weight_scale_inv": torch.full((1, 2), scale)}
+    b = {"a.weight": code.to(wide) * torch.tensor(scale).to(wide)}
+    left, right = write_checkpoint(tmp_path / "a", a), write_checkpoint(tmp_path / "b", b)
+    assert verify(left, right).equal and verify(right, left).equal
+    for i in (1, 7, 8, 126, 129, 200):
+        value = b["a.weight"][0, i].clone()
+        b["a.weight"][0, i] = torch.nextafter(value, torch.tensor(9.0, dtype=wide))
+        found = one(verify(left, write_checkpoint(tmp_path / "c", b)))
+        gap = float((b["a.weight"][0, i] - value).abs())
+        assert not found.equal and found.max_error == gap and found.relative_error < 1e-15
+        b["a.weight"][0, i] = value
+
+
 def test_rounding_to_bf16_is_a_difference_of_its_size(tmp_path: Path) -> None:
     scale = torch.tensor(C) * 2.0 ** torch.randint(-16, -8, (3, 3))
     a = write_checkpoint(tmp_path / "a", fp8_model(scale), quantization=BLOCK_FP8)

@@ -8,6 +8,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as L
 
 from vllm_ue8m0 import reference
+from vllm_ue8m0.checkpoint.serving import TP_SIZES, cuts, layer_of
 from vllm_ue8m0.codec import convert_scale_from_ue8m0
 from vllm_ue8m0.plugin.config import Ue8m0Config
 
@@ -254,3 +255,42 @@ def test_amx_attention_takes_kv_b_proj_exactly(tp, monkeypatch):
     assert {tuple(t.shape) for t in packed} == {(4, 512, 128), (4, 128, 512)}
     for found in packed:
         assert any(torch.equal(found, t) for t in (k.transpose(1, 2), v))
+
+
+LAYERS = {
+    "gate_up_proj": (
+        lambda: L.MergedColumnParallelLinear(128, [1536, 1536], bias=False, quant_config=config()),
+        [("gate_proj", (1536, 128)), ("up_proj", (1536, 128))],
+    ),
+    "down_proj": (
+        lambda: L.RowParallelLinear(1536, 128, bias=False, quant_config=config()),
+        [("down_proj", (128, 1536))],
+    ),
+    "qkv_proj": (
+        lambda: L.QKVParallelLinear(128, 96, 32, 8, bias=False, quant_config=config()),
+        [("q_proj", (3072, 128)), ("k_proj", (768, 128)), ("v_proj", (768, 128))],
+    ),
+    "fused_qkv_a_proj": (
+        lambda: L.MergedColumnParallelLinear(
+            128, [192, 576], bias=False, quant_config=config(), disable_tp=True
+        ),
+        [("kv_a_proj_with_mqa", (576, 128)), ("q_a_proj", (192, 128))],
+    ),
+}
+
+
+@pytest.mark.parametrize("size", TP_SIZES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_inspect_foretells_the_grid(tp, name, size):
+    build, weights = LAYERS[name]
+    members = [(f"layers.0.{leaf}.weight", shape) for leaf, shape in weights]
+    layer = layer_of(members[0][0])
+    assert layer.name == f"layers.0.{name}"
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    foretold = cuts(layer, members, heads).get(size, (128, 128))
+    tp(0, size)
+    if isinstance(foretold, str):
+        with pytest.raises(ValueError, match="scale groups of 16 columns"):
+            build()
+    else:
+        assert build().weight_block_size == list(foretold)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..codec import scale_to_float
+from ..formats import FP8_NAN_CODE
 from ..layouts import ceil_div, expand
 from .check import check_scales, declared_block, find_scale, is_fp8_weight, raise_problems
 from .shards import DTYPE_BITS, open_checkpoint, read_bytes
@@ -185,13 +186,28 @@ class _Side:
         if scale is None:
             return loaded.to(dtype)
         rows, columns = loaded.shape
-        return loaded.to(dtype) * expand(scale.to(dtype), rows, columns, self.block)
+        factor, values = _decode(loaded, dtype)
+        return values.mul_(expand(scale.to(dtype) * factor, rows, columns, self.block))
 
     def is_exact_in_float32(self, name: str, scale: torch.Tensor | None) -> bool:
         if scale is None:
             return self.tensors[name].dtype in _EXACT_FLOATS
         mantissa, exponent = torch.frexp(scale)
         return bool(((mantissa == 0.5) & (exponent.abs() < 100)).all())
+
+
+def _decode(codes: torch.Tensor, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
+    """A factor and values, whose product is the codes' values.
+
+    e4m3's fields in their places in float16 are the value times 2^-8, subnormals too: five times
+    as fast as torch's conversion. NaN alone would become a number.
+    """
+    wide = codes.view(torch.int8).to(torch.int16)  # the sign bit fills the upper byte
+    magnitude = wide & 0x7F
+    if bool((magnitude == FP8_NAN_CODE).any()):
+        return 1.0, codes.to(dtype)
+    bits = (magnitude << 7) | (wide & -0x8000)
+    return 256.0, bits.view(torch.float16).to(dtype)
 
 
 def _pieces(left: _Side, right: _Side, name: str) -> Iterator[tuple[int, int | None]]:
@@ -242,11 +258,14 @@ def _errors(left: _Side, right: _Side, name: str) -> tuple[float, float]:
     largest = error = norm = 0.0
     for start, stop in _pieces(left, right, name):
         a, b = (side.values(name, start, stop, torch.float64) for side in (left, right))
-        same = (a == b) | (a.isnan() & b.isnan())
-        gap = torch.where(same, 0.0, (b - a).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+        gap = (b - a).abs_()
+        if not bool(gap.max().isfinite()):  # NaN and infinities on both sides are no difference
+            gap.masked_fill_((a == b) | (a.isnan() & b.isnan()), 0.0)
+            gap.nan_to_num_(nan=math.inf, posinf=math.inf)
+            a.masked_fill_(~a.isfinite(), 0.0)
         largest = max(largest, float(gap.max()))
-        error += float(gap.square().sum())
-        norm += float(torch.where(a.isfinite(), a, 0.0).square().sum())
+        error += float(gap.view(-1).dot(gap.view(-1)))
+        norm += float(a.view(-1).dot(a.view(-1)))
     if not math.isfinite(error) or norm == 0:
         return largest, math.inf if error else 0.0
     return largest, math.sqrt(error / norm)
