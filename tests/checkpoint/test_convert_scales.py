@@ -19,6 +19,7 @@ from tiny_checkpoints import (
     write_checkpoint,
 )
 
+from vllm_ue8m0.checkpoint import steps
 from vllm_ue8m0.checkpoint.convert import convert
 from vllm_ue8m0.checkpoint.quantize import quantize_blocks
 from vllm_ue8m0.checkpoint.shards import CheckpointError
@@ -182,3 +183,21 @@ def test_quantize_blocks_refuses(value: float, dtype: torch.dtype) -> None:
     w[199, 299] = value
     with pytest.raises(ValueError, match="NaN or Inf"):
         quantize_blocks(w, ue8m0=True)
+
+
+def test_errors_are_known_before_the_last_byte_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker that writes a shard's last byte sums the errors of the others' pieces too."""
+    write, seen = steps.Requantize._write, []
+
+    def watched(step: steps.Requantize, shard: object, start: int, *rest: object) -> None:
+        seen.append(start in [part[0] for part in step.squares])
+        write(step, shard, start, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(steps.Requantize, "_write", watched)
+    codes, scale = weight_quant(torch.randn(700, 300), ue8m0=False)
+    tensors = {"a.weight": codes, "a.weight_scale_inv": scale}
+    source = write_checkpoint(tmp_path / "a", tensors, quantization=BLOCK_FP8)
+    convert(source, tmp_path / "b", requantize=True)
+    assert seen and all(seen)

@@ -247,11 +247,12 @@ class Requantize(_Fp8):
                 f"{self.source_scale}: with the scales between rows {start // BLOCK} and "
                 f"{(stop - 1) // BLOCK}, weights overflow float32. The source is damaged."
             ) from None
-        self._write(shard, start, new, encode_scale(sf, self.scale_dtype))
         # Squares of very small and very large weights leave float32's range, not float64's.
         difference = (dequantize(new, sf, gran) - old).view(-1).double()
         values = old.view(-1).double()
         self.squares.append((start, float(difference.dot(difference)), float(values.dot(values))))
+        # Last: whoever sees the last byte of a shard written reads the squares of all its pieces.
+        self._write(shard, start, new, encode_scale(sf, self.scale_dtype))
         return codes.nbytes
 
 
