@@ -88,8 +88,8 @@ def test_transformers_loads_bf16(tmp_path: Path) -> None:
 def test_transformers_loads_block_fp8(tmp_path: Path, to: str) -> None:
     """Without a GPU transformers dequantizes on loading: the logits of our own bf16 output.
 
-    transformers 5.19 dequantizes whole blocks only ("not divisible by scale grid", also with
-    DeepSeek's own files), so kv_a_proj_with_mqa, with 576 rows, is left out.
+    transformers 5.19 dequantizes whole blocks only ("not divisible by scale grid", also in
+    the source itself), so kv_a_proj_with_mqa, with 576 rows, is left out.
     """
     pytest.importorskip("accelerate")
     convert(FIXTURE, tmp_path / "bf16", to="bf16")

