@@ -18,6 +18,8 @@ from vllm_ue8m0.checkpoint.steps import SCALE_DTYPES
 from vllm_ue8m0.cli import main
 from vllm_ue8m0.reference import weight_quant
 
+FIXTURE = Path(__file__).parent / "fixtures/tiny_deepseek"
+
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
@@ -203,3 +205,12 @@ def test_verbs_that_need_no_torch_load_none(arguments: list[str], recorded: Path
     expected = f"vllm-ue8m0 {vllm_ue8m0.__version__}\n" if "--version" in arguments else "act_q"
     assert result.stdout.startswith(expected)
     assert result.stdout.splitlines()[-1] == "set()"
+
+
+def test_a_reader_that_stops_is_no_error():
+    command = [sys.executable, "-m", "vllm_ue8m0.cli", "inspect", str(FIXTURE)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.close()
+    assert run.stderr.read() == b""
+    run.stderr.close()
+    assert run.wait() == 1
