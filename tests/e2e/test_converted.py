@@ -38,24 +38,13 @@ def test_factored_checkpoint_before_and_after(served, tmp_path):
     assert not torch.equal(plain["logits"][0], expected["logits"][0])  # the factor is in use
 
 
-@pytest.mark.parametrize(
-    ("to", "scale_dtype"),
-    [
-        ("ue8m0", "uint8"),
-        ("ue8m0", "float8_e8m0fnu"),
-        ("fp32-scales", "float32"),
-        ("bf16", "float32"),
-    ],
-)
-def test_every_output_is_served(served, tmp_path, to, scale_dtype):
-    """Weight scales of any storage: the same logits; without scale_fmt or scales, close ones."""
-    convert(MODEL, tmp_path / "a", to, scale_dtype)
+@pytest.mark.parametrize("to", ["fp32-scales", "bf16"])
+def test_every_output_is_served(served, tmp_path, to):
+    """Without scale_fmt, or without scales: close logits; UE8M0 bytes: test_deepseek.py."""
+    convert(MODEL, tmp_path / "a", to)
     ids = encode((FIXTURES / "heldout.txt").read_bytes()).tolist()
     prompts = [ids[:512], ids[512:700]]
     expected = served(MODEL, prompts, generate=16)
     options = {"quantization": None} if to == "bf16" else {}
     found = served(tmp_path / "a", prompts, generate=16, **options)
-    if to == "ue8m0":
-        assert all(map(torch.equal, expected["logits"], found["logits"]))
-    else:
-        assert 0 < kl(expected["logits"], found["logits"]) < 0.05
+    assert 0 < kl(expected["logits"], found["logits"]) < 0.05
