@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "vllm_ue8m0.plugin": {"plugin/*"},
     "vllm_ue8m0.cli": set(),
     "vllm_ue8m0.bench": {"bench/*", "cli.py"},
-    "matplotlib": {"bench/plot.py", "checkpoint/plot.py"},
+    "matplotlib": {"pictures.py"},
 }
 
 

@@ -104,12 +104,12 @@ def table(device_type: str) -> str:
     """One line per operator and backend: chosen or not, and why."""
     lines = []
     for op in OPERATORS:
-        free = True
+        try:
+            chosen = choose(op, device_type)
+        except RuntimeError:
+            chosen = None
         for backend in BACKENDS:
-            named = requested() == backend.name
-            ok, reason = backend.supports(op, device_type, named)
-            chosen = ok and free and (named or requested() == "auto")
-            free = free and not chosen
-            mark = "chosen" if chosen else "usable" if ok else "refused"
+            ok, reason = backend.supports(op, device_type, requested() == backend.name)
+            mark = "chosen" if backend is chosen else "usable" if ok else "refused"
             lines.append(f"{op:<15} {backend.name:<10} {mark:<8} {reason}")
     return "\n".join(lines)

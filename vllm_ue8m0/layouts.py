@@ -59,6 +59,18 @@ def expand(scale: torch.Tensor, rows: int, columns: int, gran: tuple[int, int]) 
     return full[..., :rows, :columns]
 
 
+def used_blocks(codes: torch.Tensor, gran: tuple[int, int]) -> torch.Tensor:
+    """bool [..., ceil(N/gn), ceil(K/gk)]: whether a block of e4m3 [..., N, K] holds a code but +-0.
+
+    Over a block of zeros any scale is exact, so what a checkpoint says there does not matter.
+    """
+    rows, columns = grid_shape(codes.shape[-2], codes.shape[-1], gran)
+    padding = (0, columns * gran[1] - codes.shape[-1], 0, rows * gran[0] - codes.shape[-2])
+    nonzero = torch.nn.functional.pad((codes.view(torch.uint8) & 0x7F) != 0, padding)
+    blocks: torch.Tensor = nonzero.unflatten(-1, (columns, gran[1])).unflatten(-3, (rows, gran[0]))
+    return blocks.any(-1).any(-2)
+
+
 def empty_scale(
     leading: Sequence[int], M: int, groups: int, ue8m0: bool, layout: str,
     device: torch.device | str,

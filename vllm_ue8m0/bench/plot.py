@@ -13,15 +13,16 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from .. import pictures
 from . import BenchError
 from .records import Record, describe_variant
 from .table import EMPTY, by_bench, names
 
-SUFFIXES = (".svg", ".png", ".pdf")
 MIN_POINTS = 3
 COLUMNS, PANEL = 3, (6.6, 4.2)
-# Okabe and Ito's colors, which color-blind readers can tell apart; ours is the first.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLORS = (  # ours is the first
+    pictures.BLUE, pictures.VERMILION, pictures.GREEN, pictures.PINK, pictures.ORANGE, pictures.SKY
+)  # fmt: skip
 GRAY = "#666666"
 
 Times = Callable[[Record], float | None]
@@ -30,17 +31,13 @@ Series = tuple[str, Times, dict[str, Any]]
 
 def check(path: str | Path) -> None:
     """BenchError if `save` could not write this file: asked before anything is measured."""
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise BenchError(f"{path}: the name of a plot ends in {', '.join(SUFFIXES)}")
-    if not Path(path).absolute().parent.is_dir():
-        raise BenchError(f"{path}: there is no directory {Path(path).parent}")
-    _pyplot()
+    pictures.check(path, BenchError)
 
 
 def save(records: Sequence[Record], path: str | Path) -> None:
     """Draw records into an .svg, .png or .pdf file."""
     check(path)
-    pyplot = _pyplot()
+    pyplot = pictures.pyplot(BenchError)
     with pyplot.rc_context({"svg.fonttype": "none"}):  # text stays text: sharp and searchable
         figure = _draw(pyplot, records)
         figure.savefig(path, dpi=120)
@@ -61,19 +58,6 @@ def _draw(pyplot: Any, records: Sequence[Record]) -> Any:
     measured = dict.fromkeys(f"{record.gpu}, {record.date}" for record in records)
     figure.suptitle(f"time per call, lower is better ({'; '.join(measured)})", fontsize=12)
     return figure
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")  # no display
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise BenchError(
-            f'plots need matplotlib: pip install "vllm_ue8m0[bench]" ({error})'
-        ) from error
-    return pyplot
 
 
 def _panels(records: Sequence[Record]) -> list[tuple[str, list[Record], bool]]:

@@ -6,30 +6,24 @@ matplotlib is imported when a picture is asked for.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from .. import pictures
 from .report import Report
 from .shards import CheckpointError
 
-SUFFIXES = (".svg", ".png", ".pdf")
-# Okabe and Ito's colors, which color-blind readers can tell apart.
-_COLORS = {"pow2": "#0072B2", "factored": "#E69F00", "arbitrary": "#D55E00"}
+_COLORS = {"pow2": pictures.BLUE, "factored": pictures.ORANGE, "arbitrary": pictures.VERMILION}
 _LABELS = {"pow2": "2^k", "factored": "c * 2^k", "arbitrary": "neither"}
 
 
 def check(path: str | Path) -> None:
     """CheckpointError if `save` could not write this file: asked before anything is read."""
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise CheckpointError(f"{path}: the name of a plot ends in {', '.join(SUFFIXES)}")
-    if not Path(path).absolute().parent.is_dir():
-        raise CheckpointError(f"{path}: there is no directory {Path(path).parent}")
-    _pyplot()
+    pictures.check(path, CheckpointError)
 
 
 def save(report: Report, path: str | Path) -> None:
     """Draw the number of scales by exponent into an .svg, .png or .pdf file."""
     check(path)
-    pyplot = _pyplot()
+    pyplot = pictures.pyplot(CheckpointError)
     with pyplot.rc_context({"svg.fonttype": "none"}):  # text stays text: sharp and searchable
         figure, ax = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
         below: dict[int, int] = {}
@@ -54,16 +48,3 @@ def save(report: Report, path: str | Path) -> None:
             ax.legend()
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")  # no display
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise CheckpointError(
-            f'plots need matplotlib: pip install "vllm_ue8m0[bench]" ({error})'
-        ) from error
-    return pyplot

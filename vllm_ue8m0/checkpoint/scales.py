@@ -6,10 +6,8 @@ import torch
 
 from ..codec import ScaleClass, exact_ue8m0, scale_to_float
 from ..formats import BLOCK, FP8_MAX, FP8_NAN_CODE
-from ..layouts import ceil_div
 from .shards import Checkpoint, CheckpointError
-
-_ROWS = 8 * BLOCK
+from .stats import read_used_blocks
 
 
 def load_scale(
@@ -23,8 +21,9 @@ def load_scale(
     scale = scale_to_float(source.load(scale_name))
     bad = ~scale.isfinite() | (scale < 0)
     used = None
-    if bool((scale < torch.finfo(torch.float32).tiny).any()):
-        used = _nonzero_blocks(source, name) | (scale >= torch.finfo(torch.float32).tiny)
+    tiny = scale < torch.finfo(torch.float32).tiny
+    if bool(tiny.any()):
+        used = read_used_blocks(source.tensors[name], (BLOCK, BLOCK), tiny) | ~tiny
         bad |= (scale == 0) & used
     if bool(bad.any()):
         row, column = (int(i) for i in bad.nonzero()[0])
@@ -56,18 +55,3 @@ def refuse_nan(name: str, codes: torch.Tensor) -> None:
     """Raise CheckpointError if there is a NaN among e4m3 codes."""
     if codes.numel() and int((codes.view(torch.uint8) & 0x7F).max()) == FP8_NAN_CODE:
         raise CheckpointError(f"{name} holds NaN codes: the source is damaged, fetch it again.")
-
-
-def nonzero_blocks(codes: torch.Tensor) -> torch.Tensor:
-    """bool [ceil(N/128), ceil(K/128)]: whether the block holds a code other than +-0."""
-    N, K = codes.shape
-    rows, columns = ceil_div(N, BLOCK), ceil_div(K, BLOCK)
-    pad = (0, columns * BLOCK - K, 0, rows * BLOCK - N)
-    padded = torch.nn.functional.pad(codes.view(torch.uint8) & 0x7F, pad)
-    return padded.view(rows, BLOCK, columns, BLOCK).amax(3).amax(1) > 0
-
-
-def _nonzero_blocks(source: Checkpoint, name: str) -> torch.Tensor:
-    N = source.tensors[name].shape[0]
-    starts = range(0, N, _ROWS)
-    return torch.cat([nonzero_blocks(source.load(name, i, min(i + _ROWS, N))) for i in starts])

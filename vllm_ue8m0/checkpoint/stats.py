@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from ..codec import factor_scales, scale_to_float
-from ..layouts import ceil_div
+from ..layouts import grid_shape, used_blocks
 from .shards import TensorInfo, read_bytes, torch_dtype
 
 BYTE_DTYPES = ("F8_E8M0", "U8")
@@ -150,7 +150,7 @@ def _judge(stats: ScaleStats, scale: torch.Tensor, pair: Pair) -> ScaleStats:
         masks = {"NaN (byte 255)": masks.pop("NaN"), **masks}
     fault = next((_fault(mask, what, pair) for what, mask in masks.items() if mask.any()), None)
     if fault is None and pair.weight is not None:
-        used = small.view(pair.scale.shape) & used_blocks(pair.weight, pair.block, small)
+        used = small.view(pair.scale.shape) & read_used_blocks(pair.weight, pair.block, small)
         if used.any():
             byte = " (byte 0)" if pair.scale.dtype in BYTE_DTYPES else ""
             fault = _fault(used.view(-1), f"zero or below 2^-126{byte}", pair)
@@ -175,21 +175,16 @@ def _fault(mask: torch.Tensor, what: str, pair: Pair) -> str:
     )
 
 
-def used_blocks(
-    weight: TensorInfo, block: tuple[int, int], asked: torch.Tensor | None = None
+def read_used_blocks(
+    weight: TensorInfo, block: tuple[int, int], asked: torch.Tensor
 ) -> torch.Tensor:
-    """bool [ceil(N/bn), ceil(K/bk)]: whether a block of an FP8 weight holds a code but +-0.
-
-    Only rows of blocks with a True in `asked` are read; the others are False.
-    """
+    """layouts.used_blocks of a weight in a file, of which only the rows of blocks are read that
+    have a True in `asked`; the others are False."""
     N, K = weight.shape
-    rows, columns = ceil_div(N, block[0]), ceil_div(K, block[1])
-    used = torch.zeros(rows, columns, dtype=torch.bool)
-    wanted = range(rows) if asked is None else asked.view(rows, columns).any(1).nonzero()[:, 0]
-    for row in map(int, wanted):
+    used = torch.zeros(grid_shape(N, K, block), dtype=torch.bool)
+    for row in map(int, asked.view(used.shape).any(1).nonzero()[:, 0]):
         height = min(block[0], N - row * block[0])
         data = read_bytes(weight, row * block[0] * K, height * K)
-        codes = torch.frombuffer(data, dtype=torch.uint8).view(height, K) & 0x7F
-        strip = torch.nn.functional.pad(codes.amax(0), (0, columns * block[1] - K))
-        used[row] = strip.view(columns, block[1]).amax(1) > 0
+        codes = torch.frombuffer(data, dtype=torch.uint8).view(height, K)
+        used[row] = used_blocks(codes, block)[0]
     return used

@@ -15,10 +15,10 @@ import torch
 
 from ..codec import convert_scale_from_ue8m0, exact_ue8m0, scale_to_float
 from ..formats import BLOCK
-from ..layouts import ceil_div, grid_shape
+from ..layouts import ceil_div, grid_shape, used_blocks
 from ..reference import dequantize, weight_dequant
 from .quantize import quantize_blocks
-from .scales import nonzero_blocks, refuse_nan
+from .scales import refuse_nan
 from .shards import Checkpoint, CheckpointError, read_bytes
 from .writer import Layout, ShardWriter, as_bytes, num_bytes
 
@@ -175,7 +175,7 @@ class KeepExact(_Fp8):
         codes, stored = self._load(start, stop)
         scale = scale_to_float(stored)
         tiny = scale < torch.finfo(torch.float32).tiny
-        used = nonzero_blocks(codes) | ~tiny if bool(tiny.any()) else None
+        used = used_blocks(codes, (BLOCK, BLOCK)) | ~tiny if bool(tiny.any()) else None
         sf = exact_ue8m0(scale, used).sf
         assert sf is not None, f"{self.source_scale} was classified as powers of two"
         self._write(shard, start, codes, encode_scale(sf, self.scale_dtype))

@@ -17,7 +17,7 @@ import torch
 
 from ..codec import convert_scale_from_ue8m0, convert_scale_to_ue8m0, factor_scales, scale_to_float
 from ..formats import FP8_NAN_CODE, QuantSpec
-from ..layouts import expand, refine
+from ..layouts import expand, refine, used_blocks
 
 
 @dataclass
@@ -123,7 +123,7 @@ def encode(
     valid = None
     zero = scale < torch.finfo(torch.float32).tiny
     if zero.any():
-        used = _block_is_used(w, scale.shape, gran)
+        used = used_blocks(w, gran)
         if (zero & used).any():
             index = tuple((zero & used).nonzero()[0].tolist())
             found = "zero" if scale[index] == 0 else "below 2^-126 (code 0)"
@@ -177,14 +177,3 @@ def requantize(w: torch.Tensor, scale: torch.Tensor, gran: tuple[int, int]) -> E
             (old.to(torch.float32) * expand(factor, old.shape[0], old.shape[1], gran)).to(w.dtype)
         )
     return Encoded(codes, sf, None, "requantized")
-
-
-def _block_is_used(w: torch.Tensor, grid: torch.Size, gran: tuple[int, int]) -> torch.Tensor:
-    """True where a block of w holds a non-zero code; shape of the scale grid."""
-    rows, columns = grid[-2] * gran[0], grid[-1] * gran[1]
-    nonzero = (w.view(torch.uint8) & 0x7F) != 0
-    padded = torch.nn.functional.pad(nonzero, (0, columns - w.shape[-1], 0, rows - w.shape[-2]))
-    blocks: torch.Tensor = padded.unflatten(-1, (grid[-1], gran[1])).unflatten(
-        -3, (grid[-2], gran[0])
-    )
-    return blocks.any(-1).any(-2)  # [..., rows, gn, columns, gk] -> [..., rows, columns]
