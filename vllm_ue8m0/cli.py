@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from . import __version__
-from .bench import QUANT_OPS, BenchError
+from .bench import GEMM_BENCHES, QUANT_OPS, BenchError
 from .checkpoint.shards import CheckpointError
 from .formats import ConfigError
 
@@ -172,21 +172,26 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         return verbs.add_parser(name, help=text, description=text)
 
     quant = add("quant", "time the quantizers on this machine's GPU, beside vLLM's and a copy")
-    quant.add_argument(
-        "--only",
+    gemm = add("gemm", "time the dense products on this machine's GPU, beside DeepGEMM and others")
+    for measured, names in ((quant, QUANT_OPS), (gemm, GEMM_BENCHES)):
+        measured.add_argument(
+            "--only", nargs="+", choices=names, default=[], metavar="NAME", help=", ".join(names)
+        )
+        measured.add_argument("--quick", action="store_true", help="a small and a large case each")
+        measured.add_argument(
+            "--out",
+            metavar="FILE.jsonl",
+            help="write one JSON record per line; FILE.jsonl.partial until the last is measured",
+        )
+        measured.add_argument("--plot", metavar="FILE.svg", help="draw: .svg, .png or .pdf")
+    gemm.add_argument(
+        "--shape",
         nargs="+",
-        choices=QUANT_OPS,
+        type=_shape,
         default=[],
-        metavar="NAME",
-        help=", ".join(QUANT_OPS),
+        metavar="N,K",
+        help="weights to multiply by, e.g. 7168,2048, instead of DeepSeek-V3's",
     )
-    quant.add_argument("--quick", action="store_true", help="a small and a large case of each")
-    quant.add_argument(
-        "--out",
-        metavar="FILE.jsonl",
-        help="write one JSON record per line; FILE.jsonl.partial until the last is measured",
-    )
-    quant.add_argument("--plot", metavar="FILE.svg", help="draw the results: .svg, .png or .pdf")
     show = add("show", "print the table of recorded results; needs no GPU")
     plot = add("plot", "draw recorded results; needs no GPU")
     for recorded in (show, plot):
@@ -194,11 +199,21 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     plot.add_argument("picture", metavar="FILE.svg", help=".svg, .png or .pdf")
 
 
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        N, K = (_positive(size) for size in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N,K such as 7168,2048.") from None
+    return N, K
+
+
 def _bench(options: Options) -> None:
     from .bench import command
 
     if options.benchmark == "quant":
         command.quant(options.only, options.quick, options.out, options.plot)
+    elif options.benchmark == "gemm":
+        command.gemm(options.only, options.quick, options.shape, options.out, options.plot)
     elif options.benchmark == "show":
         command.show(options.records)
     else:

@@ -111,7 +111,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch):
         op = schema.partition("(")[0]
         library.define(schema)
         library.impl(op, globals()[op], "CPU")
-    monkeypatch.setattr(peers, "_op", lambda op: getattr(getattr(torch.ops, name), op))
+    monkeypatch.setattr(peers, "vllm_op", lambda op: getattr(getattr(torch.ops, name), op))
     yield
     library._destroy()
 
@@ -196,4 +196,4 @@ def test_missing_vllm(fresh, monkeypatch: pytest.MonkeyPatch):
 def test_missing_operator(fresh, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(peers, "_import_error", lambda: None)
     with pytest.raises(peers.PeerAbsent, match=r"no operator torch.ops._C.no_such_operator"):
-        peers._op("no_such_operator")
+        peers.vllm_op("no_such_operator")

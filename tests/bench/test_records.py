@@ -13,7 +13,7 @@ from vllm_ue8m0.bench.records import KEYS, Record, describe_variant, read, write
 def test_every_benchmark_has_the_same_keys():
     keys = {
         "bench", "M", "N", "K", "ours_us", "peers_us", "limit_us", "context_us", "num_bytes",
-        "ours", "gpu", "versions", "date",
+        "ours", "gpu", "versions", "date", "flops", "roof",
     }  # fmt: skip
     assert set(KEYS) == keys
     for written in RECORDS:
@@ -25,7 +25,8 @@ def test_a_line_is_what_the_docs_show():
         "bench": "act_quant", "M": 1, "N": None, "K": 7168, "ours_us": 2.0,
         "peers_us": {"vllm": 4.0}, "limit_us": 1.0, "context_us": {"empty": 1.5},
         "num_bytes": 21560, "ours": "portable kernels/act_quant.py", "gpu": "Test GPU",
-        "versions": RECORDS[0].versions, "date": "2026-11-22", "scale": "ue8m0",
+        "versions": RECORDS[0].versions, "date": "2026-11-22", "flops": None,
+        "roof": None, "scale": "ue8m0",
         "layout": "row_major",
     }  # fmt: skip
     assert json.loads(RECORDS[0].to_json()) == expected

@@ -4,14 +4,18 @@ command.py   what the command line calls
 case.py      what is measured: inputs, our operator, its peers, the bytes it has to move
 quant.py     the quantizers' cases, their inputs from operands.py, their checks in gate.py,
              vLLM's operators beside them in peers.py
+gemm.py      the products' cases, gemm_peers.py beside them
 run.py       a case -> a record: check first, then time; machine.py says where
-timing.py    how time is taken, the same for ours, peers and the copy that bounds them (limit.py)
+timing.py    how time is taken, the same for ours, peers and the copy or the roof that bounds them
+             (limit.py)
 records.py   one JSON object per line; table.py and plot.py show them, without a GPU
 
 A new benchmark is a module of cases like quant.py. Importing this package loads no torch.
 """
 
 QUANT_OPS = ("act_quant", "silu_mul_quant", "rms_norm_quant", "weight_quant", "weight_dequant")
+
+GEMM_BENCHES = ("prefill_gemm", "middle_gemm", "decode_gemm", "decode_linear")
 
 
 class BenchError(RuntimeError):

@@ -13,6 +13,7 @@ from .records import Variant, describe_variant
 Inputs: TypeAlias = dict[str, torch.Tensor]
 Outputs: TypeAlias = list[torch.Tensor]
 Operator: TypeAlias = Callable[[Inputs], Outputs]
+Agree: TypeAlias = Callable[[Outputs, Outputs], str | None]
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,15 @@ class Case:
     num_bytes   what the operator has to read and write: inputs and outputs, scales included
     inputs      draws one copy of the inputs; called once per copy, each time with other values
     ours        the operator under test; it returns every tensor that it allocates for a result
+    flops       of a product, whose limit is the roof's; None: the limit is a copy of num_bytes
+    single      timed as single launches, as in a prefill, not in a graph of calls
     peers       other implementations of the same work: name -> operator. One that raises when it
                 is first called is absent, and the error is the reason. One may write to its
                 inputs, which the others then read: values must stay finite, no time depends on them
     context     implementations of other work, worth knowing beside it
     check       (inputs, our outputs) -> what is wrong with them, or None
     agree       (our outputs, a peer's outputs) -> why that is not the same work, or None
+    agree_with  by a peer's name: used instead of agree, where it rounds otherwise than ours
     implementation    which kernel and configuration ran, for the record
     variant     extra keys of the record: scale, layout, ...
     quick       in the selection of --quick
@@ -41,11 +45,14 @@ class Case:
     inputs: Callable[[torch.Generator], Inputs]
     ours: Operator
     check: Callable[[Inputs, Outputs], str | None]
-    agree: Callable[[Outputs, Outputs], str | None]
+    agree: Agree
     implementation: str
     variant: Variant
     peers: Mapping[str, Operator] = field(default_factory=dict)
     context: Mapping[str, Operator] = field(default_factory=dict)
+    agree_with: Mapping[str, Agree] = field(default_factory=dict)
+    flops: int | None = None
+    single: bool = False
     quick: bool = False
 
     def __str__(self) -> str:

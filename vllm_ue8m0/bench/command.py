@@ -17,15 +17,38 @@ def quant(only: Sequence[str], quick: bool, out: str | None, picture: str | None
     """Measure the quantizers on this machine's GPU."""
     from .quant import cases
 
-    measure(lambda backend: cases(backend, only, quick), out, picture)
+    measure(lambda backend: cases(backend, only, quick), ("act_quant",), out, picture)
+
+
+def gemm(
+    only: Sequence[str],
+    quick: bool,
+    shapes: Sequence[tuple[int, int]],
+    out: str | None,
+    picture: str | None,
+) -> None:
+    """Measure the dense products on this machine's GPU; shapes (N, K): instead of the usual."""
+    from .gemm import cases
+
+    def selected(*backends: ModuleType) -> Sequence[Case]:
+        return cases(*backends, only, quick, shapes)
+
+    measure(selected, ("gemm", "linear"), out, picture, with_roof=True)
 
 
 def measure(
-    cases: Callable[[ModuleType], Sequence[Case]], out: str | None, picture: str | None
+    cases: Callable[..., Sequence[Case]],
+    operators: Sequence[str],
+    out: str | None,
+    picture: str | None,
+    with_roof: bool = False,
 ) -> None:
-    """Measure the cases of the backend for this GPU; print a table, write JSONL and a plot."""
+    """Measure cases(backend of each operator on this GPU); print a table, write JSONL and a plot.
+
+    with_roof: measure what bounds products first.
+    """
     from .. import dispatch
-    from . import machine
+    from . import limit, machine
 
     machine.require_gpu()
     if picture is not None:
@@ -34,13 +57,15 @@ def measure(
     from .timing import CudaClock
 
     try:
-        backend = dispatch.choose("act_quant", "cuda").load()
+        backends = [dispatch.choose(op, "cuda").load() for op in operators]
     except (RuntimeError, ValueError) as error:
         raise BenchError(str(error)) from error
     measured: list[records.Record] = []
 
     def kept() -> Iterator[records.Record]:
-        for record in run(cases(backend), CudaClock(), machine.describe(), _say):
+        clock = CudaClock()
+        roof = limit.roof(clock) if with_roof else None
+        for record in run(cases(*backends), clock, machine.describe(), _say, roof=roof):
             measured.append(record)
             yield record
 

@@ -1,8 +1,11 @@
-"""The correctness gate of quantizers: a sample of our result against `reference`, bit for bit.
+"""The correctness gate: a sample of our result against `reference`; of quantizers, bit for bit.
 
 Where the arithmetic before rounding is not exact (exp, a sum over a row), a share `tolerance` of
 the codes may differ, and as large a share of the scales plus one; a float32 scale differs if it is
 off by more than 2^-16 of itself. A residual or a dequantized weight is exact always.
+
+Rows of a product are held against the float32 product of the dequantized operands by calc_diff, as
+DeepGEMM does: 1.5e-6 is bf16's rounding, one wrong value in a row of 36,864 about 1.4e-5.
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ INEXACT = 0.005  # tolerance of what rounds an exp or a sum
 # and the norm's result in other places. Wrong arguments or outputs differ in most codes.
 SAME_WORK = 0.1
 _SCALE_ULPS = 2.0**-16
+PRODUCT_DIFF = 5e-6
+# Between two products of the same operands, and where activations are quantized with other scales:
+# e4m3 rounds to about 3.7e-2 of a product's norm, so two such roundings lie about 1.4e-3 apart.
+SAME_PRODUCT, SAME_VALUES = 1e-4, 1e-2
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,39 @@ def agree(sample: Sample, ours: Outputs, theirs: Outputs) -> str | None:
         return f"codes are {_form(got)}, ours {_form(want)}"
     share = float((_bits(want) != _bits(got)).float().mean())
     return f"{share:.0%} of its codes differ from ours" if share > SAME_WORK else None
+
+
+def check_product(
+    reference: Operator, sample: Sample, inputs: Inputs, outputs: Outputs
+) -> str | None:
+    """What is wrong with our product [M, N] bf16, or None; the reference's is not rounded."""
+    return _differs(reference(sample.inputs(inputs))[0], outputs, sample, PRODUCT_DIFF)
+
+
+def agree_product(sample: Sample, tolerance: float, ours: Outputs, theirs: Outputs) -> str | None:
+    """Why a peer's product cannot be that of the same operands, or None."""
+    return _differs(sample.outputs(ours)[0], theirs, sample, tolerance)
+
+
+def calc_diff(want: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
+    """1 - 2 <x, y> / (<x, x> + <y, y>) of every row of [M, N]; float64 [M]."""
+    x, y = want.to(torch.float64), got.to(torch.float64)
+    return 1 - 2 * (x * y).sum(-1) / (x * x + y * y).sum(-1)
+
+
+def _differs(want: torch.Tensor, outputs: Outputs, sample: Sample, tolerance: float) -> str | None:
+    got = sample.outputs(outputs)[0]
+    if got.shape != want.shape or got.dtype != torch.bfloat16:
+        return f"the product is {_form(got)} instead of torch.bfloat16 {tuple(want.shape)}"
+    diff = calc_diff(want, got)
+    wrong = int((~(diff <= tolerance)).sum())  # NaN is
+    if wrong == 0:
+        return None
+    worst = float(diff.nan_to_num(torch.inf).max())
+    return (
+        f"{wrong} of {diff.numel()} sampled rows differ, calc_diff up to {worst:.1e} "
+        f"(allowed: {tolerance:.0e})"
+    )
 
 
 def _compare(name: str, want: torch.Tensor, got: torch.Tensor, tolerance: float) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..formats import BLOCK
+from ..codec import convert_scale_from_ue8m0
+from ..formats import BLOCK, FP8_MAX
 from ..layouts import ceil_div
 
 SCALE_BYTES = {"ue8m0": 1, "fp32": 4}
@@ -16,6 +17,22 @@ def activations(generator: torch.Generator, *shape: int) -> torch.Tensor:
     values = torch.randn(shape, dtype=torch.bfloat16, generator=generator, device=device)
     exponent = torch.randint(-3, 3, (*shape[:-1], 1), generator=generator, device=device)
     return values.mul_(torch.exp2(exponent.to(torch.bfloat16)))
+
+
+def weight(generator: torch.Generator, N: int, K: int, scale: str) -> tuple[torch.Tensor, ...]:
+    """e4m3 codes [N, K] of a normal distribution, scales [ceil(N/128), ceil(K/128)] around 2^-14.
+
+    "ue8m0": bytes, "fp32": float32 that are no powers of two.
+    """
+    device = generator.device
+    values = torch.randn(N, K, dtype=torch.bfloat16, generator=generator, device=device) * 100
+    codes = values.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    grid = (ceil_div(N, BLOCK), ceil_div(K, BLOCK))
+    sf = torch.randint(111, 116, grid, generator=generator, device=device).to(torch.uint8)
+    if scale == "ue8m0":
+        return codes, sf
+    factors = 1 + torch.rand(grid, generator=generator, device=device)
+    return codes, convert_scale_from_ue8m0(sf) * factors
 
 
 def quantized_bytes(M: int, K: int, scale: str, layout: str = "row_major") -> int:

@@ -1,8 +1,9 @@
 """vLLM's CUDA operators, as peers and context of ours (signatures of vLLM 0.26).
 
-The one module besides plugin/compat.py that imports vLLM: it measures vLLM's kernels, and nothing
-that serves imports it. vLLM is imported when a peer is first called; what is missing, or refuses,
-raises, and the caller reports that peer as absent. Each function gives (peers, context) by name:
+Besides plugin/compat.py, this module and gemm_peers.py alone import vLLM: they measure its
+kernels, and nothing that serves imports them. vLLM is imported when a peer is first called; what is
+missing, or refuses, raises, and the caller reports that peer as absent. Each function gives (peers,
+context) by name:
 
   vllm              the group quantizer
   vllm_pair         two kernels, the elementwise operator and then the group quantizer
@@ -35,7 +36,7 @@ class PeerAbsent(RuntimeError):
 
 def act_quant(ue8m0: bool, layout: str) -> Peers:
     def call(inputs: Inputs) -> Outputs:
-        return _group_quant(inputs["x"], ue8m0, column_major=layout != "row_major")
+        return group_quant(inputs["x"], ue8m0, "row_major" if layout == "row_major" else "tma")
 
     def packed(inputs: Inputs) -> Outputs:
         return _group_quant_packed(inputs["x"])
@@ -52,13 +53,13 @@ def silu_mul_quant(ue8m0: bool) -> Peers:
         gate_up = inputs["gate_up"]
         M, columns = gate_up.shape
         product = torch.empty(M, columns // 2, dtype=gate_up.dtype, device=gate_up.device)
-        _op("silu_and_mul")(product, gate_up)
-        return _group_quant(product, ue8m0)
+        vllm_op("silu_and_mul")(product, gate_up)
+        return group_quant(product, ue8m0)
 
     def fused(inputs: Inputs) -> Outputs:
         gate_up = inputs["gate_up"]
         q, s = _empty(gate_up.shape[0], gate_up.shape[1] // 2, gate_up.device)
-        _op("silu_and_mul_per_block_quant")(q, gate_up, s, GROUP, None, False)
+        vllm_op("silu_and_mul_per_block_quant")(q, gate_up, s, GROUP, None, False)
         return [q, s]
 
     return _pair_and_fused(ue8m0, pair, fused)
@@ -74,7 +75,7 @@ def masked_silu_mul_quant() -> Peers:
         q = torch.empty(E, T, columns // 2, dtype=E4M3, device=gate_up.device)
         strides = (T * width, 1, T)
         s = torch.empty_strided((E, T, width), strides, dtype=dtype, device=gate_up.device)
-        _op("persistent_masked_m_silu_mul_quant")(gate_up, inputs["counts"], q, s, ue8m0)
+        vllm_op("persistent_masked_m_silu_mul_quant")(gate_up, inputs["counts"], q, s, ue8m0)
         return [q, s]
 
     return {"vllm_masked": partial(call, True)}, {"vllm_masked_fp32": partial(call, False)}
@@ -85,16 +86,16 @@ def rms_norm_quant(ue8m0: bool, eps: float) -> Peers:
         x, residual = inputs["x"], inputs.get("residual")
         if residual is None:
             normed = torch.empty_like(x)
-            _op("rms_norm")(normed, x, inputs["weight"], eps)
+            vllm_op("rms_norm")(normed, x, inputs["weight"], eps)
         else:
             normed = x
-            _op("fused_add_rms_norm")(x, residual, inputs["weight"], eps)
-        return _group_quant(normed, ue8m0)
+            vllm_op("fused_add_rms_norm")(x, residual, inputs["weight"], eps)
+        return group_quant(normed, ue8m0)
 
     def fused(inputs: Inputs) -> Outputs:
         x = inputs["x"]
         q, s = _empty(x.shape[0], x.shape[1], x.device)
-        _op("rms_norm_per_block_quant")(
+        vllm_op("rms_norm_per_block_quant")(
             q, x, inputs["weight"], s, eps, None, inputs.get("residual"), GROUP, False
         )
         return [q, s]
@@ -109,13 +110,18 @@ def _pair_and_fused(ue8m0: bool, pair: Operator, fused: Operator) -> Peers:
     return {"vllm_pair": pair, "vllm_fused": fused}, {}
 
 
-def _group_quant(x: torch.Tensor, ue8m0: bool, column_major: bool = False) -> Outputs:
-    """per_token_group_quant_fp8 of vLLM: float32 scales, column-major ones aligned for TMA."""
+def group_quant(x: torch.Tensor, ue8m0: bool, layout: str = "row_major") -> Outputs:
+    """per_token_group_quant_fp8 of vLLM: codes of x [M, K], float32 scales [M, K/128].
+
+    layout: of the scales; "row_major", "column_major", or "tma", which is that with columns padded
+    to 16 bytes.
+    """
     q, s = _empty(x.shape[0], x.shape[1], x.device)
-    if column_major:
-        shape, strides = s.shape, (1, ceil_div(x.shape[0], 4) * 4)
-        s = torch.empty_strided(shape, strides, dtype=torch.float32, device=x.device)
-    _op("per_token_group_fp8_quant")(x, q, s, *_QUANT_ARGUMENTS, ue8m0, column_major, column_major)
+    if layout != "row_major":
+        columns = ceil_div(x.shape[0], 4) * 4 if layout == "tma" else x.shape[0]
+        s = torch.empty_strided(s.shape, (1, columns), dtype=torch.float32, device=x.device)
+    column_major, tma = layout != "row_major", layout == "tma"
+    vllm_op("per_token_group_fp8_quant")(x, q, s, *_QUANT_ARGUMENTS, ue8m0, column_major, tma)
     return [q, s]
 
 
@@ -124,7 +130,7 @@ def _group_quant_packed(x: torch.Tensor) -> Outputs:
     q = torch.empty(M, K, dtype=E4M3, device=x.device)
     shape, strides = (M, ceil_div(K // GROUP, 4)), (1, ceil_div(M, 4) * 4)
     s = torch.empty_strided(shape, strides, dtype=torch.int32, device=x.device)
-    _op("per_token_group_fp8_quant_packed")(x, q, s, *_QUANT_ARGUMENTS)
+    vllm_op("per_token_group_fp8_quant_packed")(x, q, s, *_QUANT_ARGUMENTS)
     return [q, s]
 
 
@@ -133,7 +139,7 @@ def _empty(M: int, K: int, device: torch.device) -> tuple[torch.Tensor, torch.Te
     return q, torch.empty(M, K // GROUP, dtype=torch.float32, device=device)
 
 
-def _op(name: str) -> Any:
+def vllm_op(name: str) -> Any:
     """torch.ops._C.NAME of the installed vLLM; PeerAbsent says why there is none."""
     reason = _import_error()
     if reason is not None:

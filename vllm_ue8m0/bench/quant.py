@@ -64,10 +64,10 @@ def _all(backend: ModuleType) -> list[Case]:
 
 def describe(backend: ModuleType, op: str, rows: int, K: int, variant: Variant) -> str:
     """Which kernel runs an operator and how it is launched, for the record."""
-    if hasattr(backend, "describe"):
+    if hasattr(backend, "describe_quant"):
         layout = str(variant.get("layout", "row_major"))
         masked = bool(variant.get("masked"))
-        return str(backend.describe(op, rows, K, variant["scale"] == "ue8m0", layout, masked))
+        return str(backend.describe_quant(op, rows, K, variant["scale"] == "ue8m0", layout, masked))
     return backend.__name__.rpartition(".")[2]
 
 

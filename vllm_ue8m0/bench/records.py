@@ -3,14 +3,18 @@
   {"bench": "act_quant", "M": 8192, "N": null, "K": 7168, "ours_us": 64.5,
    "peers_us": {"vllm": 132.5}, "limit_us": 62.5, "context_us": {}, "num_bytes": 176619520,
    "ours": "portable kernels/act_quant.py", "gpu": "...", "versions": {"torch": "...", ...},
-   "date": "YYYY-MM-DD", "scale": "ue8m0", "layout": "row_major"}
+   "date": "YYYY-MM-DD", "flops": null, "roof": null, "scale": "ue8m0", "layout": "row_major"}
 
 M, N, K       null where the operator has no such size
 peers_us      other implementations of the same work; context_us: of other work
-limit_us      a copy of num_bytes, half read and half written; null if there is none
+limit_us      a copy of num_bytes, half read and half written, or what the roof says; null: none
 num_bytes     what the operator has to read and write; null if that says nothing
+flops         2 M N K of a product, null for what is limited by bytes alone
+roof          of a product: {"tb_per_s": reads, "tflops": FP8 products} that this GPU reached in
+              the same run; limit_us is the larger of num_bytes and flops over these
 versions      of torch, triton, vllm, vllm_ue8m0, cuda, driver; null for what is absent
-Any other key is a variant (scale, layout, residual, ...): a string, a number or a flag.
+Files from before products were measured lack flops and roof. Any other key is a variant (scale,
+layout, residual, ...): a string, a number or a flag.
 """
 
 from __future__ import annotations
@@ -43,6 +47,8 @@ class Record:
     versions: dict[str, str | None]
     date: str
     variant: Variant
+    flops: int | None = None
+    roof: dict[str, float] | None = None
 
     def to_json(self) -> str:
         """One line, without its end."""
@@ -55,9 +61,11 @@ class Record:
         values = json.loads(line)  # its error is a ValueError
         if not isinstance(values, dict):
             raise ValueError(f"expected a JSON object, found {type(values).__name__}")
-        missing = [key for key in KEYS if key not in values]
+        missing = [key for key in REQUIRED if key not in values]
         if missing:
-            raise ValueError(f"no {', '.join(map(repr, missing))}; a record has {', '.join(KEYS)}")
+            raise ValueError(
+                f"no {', '.join(map(repr, missing))}; a record has {', '.join(REQUIRED)}"
+            )
         variant = {key: values.pop(key) for key in [*values] if key not in KEYS}
         for key, value in values.items():
             if not _VALID[key](value):
@@ -69,6 +77,7 @@ class Record:
 
 
 KEYS = tuple(field.name for field in fields(Record) if field.name != "variant")
+REQUIRED = tuple(key for key in KEYS if key not in ("flops", "roof"))
 
 
 def _is_time(value: Any) -> bool:
@@ -87,13 +96,17 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+_SIZE = (_is_size, "a positive integer or null")
 _TYPES = {
     "bench": (_is_text, "a string"),
-    **dict.fromkeys(("M", "N", "K", "num_bytes"), (_is_size, "a positive integer or null")),
+    **dict.fromkeys(
+        ("M", "N", "K", "num_bytes", "flops"), (_is_size, "a positive integer or null")
+    ),
     "ours_us": (_is_time, "a positive number of microseconds"),
     "limit_us": (lambda v: v is None or _is_time(v), "a positive number of microseconds or null"),
     "peers_us": (_are_times, "an object of positive numbers of microseconds"),
     "context_us": (_are_times, "an object of positive numbers of microseconds"),
+    "roof": (lambda v: v is None or _are_times(v), "an object of positive numbers or null"),
     **dict.fromkeys(("ours", "gpu", "date"), (_is_text, "a string")),
     "versions": (lambda v: isinstance(v, dict), "an object"),
 }
@@ -129,7 +142,7 @@ def read(path: str | Path) -> list[Record]:
         except ValueError as error:
             raise BenchError(f"{path}:{number}: not a benchmark record: {error}") from error
     if not records:
-        raise BenchError(f"{path}: no records in it; `bench quant --out FILE` writes them")
+        raise BenchError(f"{path}: no records in it; `bench ... --out FILE` writes them")
     return records
 
 

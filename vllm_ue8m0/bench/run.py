@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from zlib import crc32
 
 import torch
 
 from . import BenchError, limit
-from .case import Case, Inputs, Operator, Outputs, tensor_bytes
+from .case import Agree, Case, Inputs, Operator, Outputs, tensor_bytes
 from .machine import Machine
 from .records import Record
 from .table import EMPTY
@@ -23,11 +24,13 @@ Say = Callable[[str], None]
 
 
 def run(
-    cases: Sequence[Case], clock: Clock, machine: Machine, say: Say, device: str = "cuda"
-) -> Iterator[Record]:
+    cases: Sequence[Case], clock: Clock, machine: Machine, say: Say, device: str = "cuda",
+    roof: limit.Roof | None = None,
+) -> Iterator[Record]:  # fmt: skip
     """Measure cases one by one; BenchError names the case whose result of ours is wrong.
 
-    `say` gets a line per case, one per peer that is absent and why, and warnings.
+    roof: the limit of cases that have flops. `say` gets a line per case, one per peer that is
+    absent and why, and warnings.
     """
     said: set[str] = set()
 
@@ -45,7 +48,7 @@ def run(
         for name, timing in times.items():
             if timing.spread > MAX_SPREAD and not name.startswith("copy"):  # the fastest counts
                 say(f"warning: {case}: {name}: rounds differ by {timing.spread:.0%} of the median")
-        yield _record(case, machine, times)
+        yield _record(case, machine, times, roof)
 
 
 def _measure(case: Case, clock: Clock, device: str, say: Say) -> dict[str, Timing]:
@@ -63,21 +66,25 @@ def _measure(case: Case, clock: Clock, device: str, say: Say) -> dict[str, Timin
     operators: dict[str, Operator] = {"ours": case.ours}
     for kind, others in (("peer", case.peers), ("context", case.context)):
         for name, operator in others.items():
-            reason = _why_absent(case, kind, operator, inputs, outputs)
+            agree = case.agree_with.get(name, case.agree) if kind == "peer" else None
+            reason = _why_absent(operator, agree, inputs, outputs)
             if reason:
                 say(f"{kind} {name} of {case.bench} is absent: {reason}")
             else:
                 operators[f"{kind} {name}"] = operator
 
+    copies, calls = 1, 1
     footprint = tensor_bytes(inputs) + case.num_bytes + tensor_bytes(outputs) * len(operators)
-    copies, calls = plan_copies(case.num_bytes, footprint, clock.l2_bytes, free_bytes)
+    if not case.single:
+        copies, calls = plan_copies(case.num_bytes, footprint, clock.l2_bytes, free_bytes)
     del outputs
     buffers = [inputs, *(case.inputs(generator) for _ in range(copies - 1))]
     candidates: dict[str, Candidate] = {
         name: partial(_call, operator, buffers) for name, operator in operators.items()
     }
-    candidates.update(limit.copies(case.num_bytes, copies, device))
-    if case.M is not None and case.M <= SMALL_M:
+    if case.flops is None:
+        candidates.update(limit.copies(case.num_bytes, copies, device))
+    if case.flops is None and case.M is not None and case.M <= SMALL_M:
         # Back to back, a kernel under programmatic dependent launch starts while its own kind
         # ends. After an ordinary kernel it cannot: both figures are told.
         empty = limit.empty(device)
@@ -86,12 +93,17 @@ def _measure(case: Case, clock: Clock, device: str, say: Say) -> dict[str, Timin
             candidates[f"context {EMPTY} + {name.removeprefix('peer ')}"] = after
         candidates[f"context {EMPTY}"] = empty
 
+    if case.single:
+        timings = clock.measure_single(candidates)
+    else:
+        timings = clock.measure(candidates, copies, calls)
     times = {}
-    for name, timing in clock.measure(candidates, copies, calls).items():
+    for name, timing in timings.items():
         if isinstance(timing, Timing):
             times[name] = timing
         elif name.startswith(("peer", "context")):
-            say(f"{name} of {case.bench} is absent: not in a CUDA graph: {_first_line(timing)}")
+            where = "not timed" if case.single else "not in a CUDA graph"
+            say(f"{name} of {case.bench} is absent: {where}: {_first_line(timing)}")
         else:
             raise BenchError(f"{case}: {name} cannot be timed: {_first_line(timing)}") from timing
     return times
@@ -107,14 +119,14 @@ def _in_turn(first: Candidate, second: Candidate, index: int) -> object:
 
 
 def _why_absent(
-    case: Case, kind: str, operator: Operator, inputs: Inputs, outputs: Outputs
+    operator: Operator, agree: Agree | None, inputs: Inputs, outputs: Outputs
 ) -> str | None:
-    """Why another implementation is not measured, or None; a peer has to do the same work."""
+    """Why another implementation is not measured, or None; a peer has to agree with our outputs."""
     # On a copy: vLLM's norms write to their inputs.
     own = {name: tensor.clone() for name, tensor in inputs.items()}
     try:
         theirs = operator(own)
-        different = case.agree(outputs, theirs) if kind == "peer" else None
+        different = agree(outputs, theirs) if agree else None
         if inputs and next(iter(inputs.values())).is_cuda:
             torch.cuda.synchronize()  # an error of a kernel shows here
     except Exception as error:
@@ -122,12 +134,17 @@ def _why_absent(
     return different and f"not the same work: {different}"
 
 
-def _record(case: Case, machine: Machine, times: dict[str, Timing]) -> Record:
+def _record(
+    case: Case, machine: Machine, times: dict[str, Timing], roof: limit.Roof | None
+) -> Record:
     by_kind: dict[str, dict[str, float]] = {"peer": {}, "context": {}, "copy": {}}
     for key, timing in times.items():
         kind, _, name = key.partition(" ")
         if kind in by_kind:
             by_kind[kind][name] = round(timing.time_us, 3)
+    limit_us = min(by_kind["copy"].values(), default=None)
+    if case.flops is not None and roof is not None:
+        limit_us = round(roof.time_us(case.num_bytes, case.flops), 3)
     return Record(
         bench=case.bench,
         M=case.M,
@@ -135,7 +152,7 @@ def _record(case: Case, machine: Machine, times: dict[str, Timing]) -> Record:
         K=case.K,
         ours_us=round(times["ours"].time_us, 3),
         peers_us=by_kind["peer"],
-        limit_us=min(by_kind["copy"].values()),
+        limit_us=limit_us,
         context_us=by_kind["context"],
         num_bytes=case.num_bytes,
         ours=case.implementation,
@@ -143,6 +160,8 @@ def _record(case: Case, machine: Machine, times: dict[str, Timing]) -> Record:
         versions=dict(machine.versions),
         date=machine.date,
         variant=dict(case.variant),
+        flops=case.flops,
+        roof=None if roof is None or case.flops is None else asdict(roof),
     )
 
 

@@ -1,9 +1,14 @@
-"""How time is taken: CUDA graphs over rotating cold buffers, candidates interleaved.
+"""How time is taken: candidates interleaved, with a cold L2 cache, in graphs or one by one.
 
-A candidate is a function of a buffer index. Its graph makes `calls` calls in a row, each on the
-next of `copies` sets of buffers, which together exceed the L2 cache; so inputs come from memory
-and outputs go there. Before each replay the L2 cache is flushed. A time is the median replay
-divided by the calls: it holds no launch from Python, and the gap between kernels of one graph.
+A candidate is a function of a buffer index. `measure`: its graph makes `calls` calls in a row,
+each on the next of `copies` sets of buffers, which together exceed the L2 cache; so inputs come
+from memory and outputs go there. Before each replay the L2 cache is flushed. A time is the median
+replay divided by the calls: it holds no launch from Python, and the gap between kernels of one
+graph.
+
+`measure_single`: as in a prefill, each call is by itself, between two events, on the same buffers.
+Before it the L2 cache is flushed COVER_READS times over: so long is the GPU busy while the host
+queues the call, and what the host takes for a launch is in no time.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import median, quantiles
 from typing import Protocol
 
@@ -23,6 +29,9 @@ MIN_COPIES, MAX_COPIES, MIN_CALLS = 4, 100, 20
 ROTATION = 3
 MEMORY_SHARE = 0.5
 WARM_ROUNDS, ROUNDS = 2, 20
+# 0.3 ms on an H100. A launch of a Triton kernel from Python takes 0.1 ms.
+COVER_READS = 10
+Events = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,10 @@ class Clock(Protocol):
     def measure(
         self, candidates: Mapping[str, Candidate], copies: int, calls: int
     ) -> dict[str, Timing | Exception]:
-        """Time candidates side by side; one that cannot be timed gives its error."""
+        """Time candidates side by side in graphs; one that cannot be timed gives its error."""
+
+    def measure_single(self, candidates: Mapping[str, Candidate]) -> dict[str, Timing | Exception]:
+        """The same by single launches, all on the first buffer."""
 
 
 class Graph:
@@ -79,21 +91,12 @@ class Graph:
         # the two kernels of a pair) may be reused, as it is when serving.
         self._outputs: deque[object] = deque(maxlen=copies)
         self._graph = torch.cuda.CUDAGraph()
-        self._calls = calls
         with torch.cuda.graph(self._graph):
             for i in range(calls):
                 self._outputs.append(call(i % copies))
 
-    def replay(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    def replay(self) -> None:
         self._graph.replay()
-        end.record()
-        return start, end
-
-    def time_us(self, events: tuple[torch.cuda.Event, torch.cuda.Event]) -> float:
-        """Microseconds of one call of a finished replay."""
-        return float(events[0].elapsed_time(events[1])) * 1e3 / self._calls
 
 
 class CudaClock:
@@ -112,30 +115,55 @@ class CudaClock:
     def measure(
         self, candidates: Mapping[str, Candidate], copies: int, calls: int
     ) -> dict[str, Timing | Exception]:
-        graphs: dict[str, Graph] = {}
-        results: dict[str, Timing | Exception] = {}
+        graphs: dict[str, Callable[[], object]] = {}
+        errors: dict[str, Exception] = {}
         for name, call in candidates.items():
             try:
-                graphs[name] = Graph(call, copies, calls)
+                graphs[name] = Graph(call, copies, calls).replay
             except Exception as error:
-                results[name] = error
-        replays = [
-            (name, self._replay_cold(graph))
+                errors[name] = error
+        # The second read keeps the GPU busy until the host has queued the replay.
+        return {**errors, **self._in_turns(graphs, reads=2, calls=calls)}
+
+    def measure_single(self, candidates: Mapping[str, Candidate]) -> dict[str, Timing | Exception]:
+        launches: dict[str, Callable[[], object]] = {}
+        errors: dict[str, Exception] = {}
+        for name, call in candidates.items():
+            try:
+                call(0)  # compiles
+                torch.cuda.synchronize()
+                launches[name] = partial(call, 0)
+            except Exception as error:
+                errors[name] = error
+        return {**errors, **self._in_turns(launches, reads=COVER_READS, calls=1)}
+
+    def _in_turns(
+        self, candidates: Mapping[str, Callable[[], object]], reads: int, calls: int
+    ) -> dict[str, Timing]:
+        """Median microseconds of each candidate, divided by the calls that one makes."""
+        rounds = [
+            (name, self._time_cold(once, reads))
             for _ in range(WARM_ROUNDS + ROUNDS)
-            for name, graph in graphs.items()
+            for name, once in candidates.items()
         ]
         torch.cuda.synchronize()
-        for name, graph in graphs.items():
-            times = [graph.time_us(events) for other, events in replays if other == name]
+        results = {}
+        for name in candidates:
+            pairs = [events for other, events in rounds if other == name]
+            times = [float(start.elapsed_time(end)) * 1e3 / calls for start, end in pairs]
             results[name] = summarize(times[WARM_ROUNDS:])
         return results
 
-    def _replay_cold(self, graph: Graph) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        """Replay after evicting from L2 what the last candidate left there.
+    def _time_cold(self, once: Callable[[], object], reads: int) -> Events:
+        """Run after evicting from L2 what the last candidate left there.
 
         By reading: writing would leave dirty lines, and their way to memory would be charged to
-        this candidate. The second pass keeps the GPU busy until the host has queued the replay.
+        this candidate.
         """
-        self._cold.sum()
-        self._cold.sum()
-        return graph.replay()
+        for _ in range(reads):
+            self._cold.sum()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        once()
+        end.record()
+        return start, end

@@ -5,10 +5,10 @@ launch. Nothing here waits for the device, so that everything can be captured in
 `weight_quant`, which refuses NaN. Quantization runs on sm_80 and newer, products on sm_89.
 """
 
-from .products import experts, gemm, linear
+from .products import describe, experts, gemm, linear
 from .quant import (
     act_quant,
-    describe,
+    describe_quant,
     rms_norm_quant,
     silu_mul_quant,
     weight_dequant,
@@ -19,6 +19,7 @@ from .quant import (
 __all__ = [
     "act_quant",
     "describe",
+    "describe_quant",
     "experts",
     "gemm",
     "linear",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..formats import BLOCK
 from ..kernels import gemm as gemm_kernel
 from ..kernels import grouped_gemm as grouped_gemm_kernel
 from ..layouts import ceil_div
@@ -44,6 +45,13 @@ def linear(
     """Quantize x [M, K] as activation_scale says, times w^T -> [M, N] in x's dtype."""
     a, a_s = _quantize(x, gran[1], activation_scale)
     return gemm(a, a_s, w, sf, c, bias, gran, x.dtype)
+
+
+def describe(op: str, M: int, N: int, K: int) -> str:
+    """How the product of quantized [M, K] and [N, K] is launched, in "gemm" or "linear"."""
+    config = gemm_kernel.tile_config(M, torch.float8_e4m3fn, (BLOCK, BLOCK))
+    tile = " x ".join(str(config[f"BLOCK_{size}"]) for size in "MNK")
+    return f"portable {op}, tile {tile}, {config['num_warps']} warps"
 
 
 def experts(

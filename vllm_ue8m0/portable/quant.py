@@ -149,7 +149,7 @@ def weight_dequant(
     return out
 
 
-def describe(
+def describe_quant(
     op: str, M: int, K: int, ue8m0: bool, layout: str = "row_major", masked: bool = False
 ) -> str:
     """The kernel of a quantization operator and how it is launched for [M, K] (weights: [N, K])."""
