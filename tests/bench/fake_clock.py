@@ -28,9 +28,16 @@ class FakeClock:
 
     def measure(self, candidates, copies, calls):
         self.seen.append((list(candidates), copies, calls))
+        return self._call(candidates, (0, copies - 1))
+
+    def measure_single(self, candidates):
+        self.seen.append((list(candidates), "single"))
+        return self._call(candidates, (0,))
+
+    def _call(self, candidates, indices):
         results = {}
         for name, call in candidates.items():
-            call(0)
-            call(copies - 1)
+            for i in indices:
+                call(i)
             results[name] = self.errors.get(name) or Timing(self.times.get(name, 7.0), self.spread)
         return results

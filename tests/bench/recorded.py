@@ -7,12 +7,12 @@ VERSIONS = {"torch": "2.11.0", "triton": "3.6.0", "vllm": None, "vllm_ue8m0": "0
 
 
 def record(bench="act_quant", M=8192, N=None, K=7168, ours=50.0, limit=40.0, peers=None,
-           context=None, num_bytes=200_000_000, **variant):  # fmt: skip
+           context=None, num_bytes=200_000_000, flops=None, roof=None, **variant):  # fmt: skip
     return Record(
         bench=bench, M=M, N=N, K=K, ours_us=ours, peers_us=peers or {}, limit_us=limit,
         context_us=context or {}, num_bytes=num_bytes, ours=f"portable kernels/{bench}.py",
         gpu="Test GPU", versions=VERSIONS, date="2026-11-22",
-        variant=variant or {"scale": "ue8m0", "layout": "row_major"},
+        variant=variant or {"scale": "ue8m0", "layout": "row_major"}, flops=flops, roof=roof,
     )  # fmt: skip
 
 
@@ -27,3 +27,20 @@ RECORDS = [
     record("rms_norm_quant", M=16, ours=3.0, limit=None, num_bytes=None, scale="ue8m0",
            layout="row_major", residual=True, experts=32),
 ]  # fmt: skip
+
+
+def product(M=512, N=256, K=512, bench="prefill_gemm", ours=10.0, limit=5.0, peers=None,
+            context=None, scale="ue8m0"):  # fmt: skip
+    return record(
+        bench, M, N, K, ours, limit, peers or {}, context or {}, M * K + N * K + 2 * M * N,
+        2 * M * N * K, {"tb_per_s": 3.0, "tflops": 1500.0}, scale=scale, layout="row_major",
+    )  # fmt: skip
+
+
+PRODUCTS = [
+    product(peers={"deepgemm": 20.0, "cutlass": 10.0}, context={"cublas": 8.0}),
+    product(M=2048, ours=20.0, peers={"deepgemm": 10.0, "cutlass": 40.0}, context={"cublas": 16.0}),
+    product(scale="fp32", ours=10.5, peers={"deepgemm": 21.0}),
+    product(8192, 8192, 8192, ours=1000.0, limit=800.0, context={"cublas": 950.0}),
+    product(16, bench="decode_linear", ours=2.0, limit=1.0),
+]

@@ -40,10 +40,10 @@ def test_other_formats(tmp_path: Path, suffix: str, magic: bytes):
 def test_lines_need_three_sizes():
     over_m = [record(M=M) for M in (64, 1, 16)]
     two = [record(M=M, scale="fp32") for M in (1, 16)]
-    (title, group, lines), (rest_title, rest, rest_lines) = plot._panels([*over_m, *two])
-    assert (title, lines) == ("act_quant, K=7168, ue8m0 row_major", True)
+    (title, group, draw), (rest_title, rest, rest_draw) = plot._panels([*over_m, *two])
+    assert (title, draw) == ("act_quant, K=7168, ue8m0 row_major", plot._draw_over_m)
     assert [r.M for r in group] == [1, 16, 64]
-    assert (rest_title, rest, rest_lines) == ("act_quant, other cases", two, False)
+    assert (rest_title, rest, rest_draw) == ("act_quant, other cases", two, plot._draw_rows)
 
 
 def test_other_sizes_are_other_lines():

@@ -6,8 +6,8 @@ quant.py     the quantizers' cases, their inputs from operands.py, their checks 
              vLLM's operators beside them in peers.py
 gemm.py      the products' cases, gemm_peers.py beside them
 run.py       a case -> a record: check first, then time; machine.py says where
-timing.py    how time is taken, the same for ours, peers and the copy or the roof that bounds them
-             (limit.py)
+timing.py    how time is taken, the same for ours, peers and what bounds them: of quantizers a
+             copy (limit.py), of products a roof (roof.py)
 records.py   one JSON object per line; table.py and plot.py show them, without a GPU
 
 A new benchmark is a module of cases like quant.py. Importing this package loads no torch.

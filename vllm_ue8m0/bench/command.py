@@ -30,8 +30,8 @@ def gemm(
     """Measure the dense products on this machine's GPU; shapes (N, K): instead of the usual."""
     from .gemm import cases
 
-    def selected(*backends: ModuleType) -> Sequence[Case]:
-        return cases(*backends, only, quick, shapes)
+    def selected(gemm_backend: ModuleType, linear_backend: ModuleType) -> Sequence[Case]:
+        return cases(gemm_backend, linear_backend, only, quick, shapes)
 
     measure(selected, ("gemm", "linear"), out, picture, with_roof=True)
 
@@ -48,7 +48,7 @@ def measure(
     with_roof: measure what bounds products first.
     """
     from .. import dispatch
-    from . import limit, machine
+    from . import machine, roof
 
     machine.require_gpu()
     if picture is not None:
@@ -64,8 +64,8 @@ def measure(
 
     def kept() -> Iterator[records.Record]:
         clock = CudaClock()
-        roof = limit.roof(clock) if with_roof else None
-        for record in run(cases(*backends), clock, machine.describe(), _say, roof=roof):
+        bound = roof.measure(clock) if with_roof else None
+        for record in run(cases(*backends), clock, machine.describe(), _say, roof=bound):
             measured.append(record)
             yield record
 

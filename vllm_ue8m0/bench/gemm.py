@@ -60,12 +60,11 @@ def _all(backends: tuple[ModuleType, ModuleType], shapes: Sequence[Shape]) -> It
     for bench, rows in ROWS.items():
         backend = backends[bench == "decode_linear"]
         make = linear if bench == "decode_linear" else partial(gemm, bench=bench)
-        for N, K in shapes or SHAPES:
-            for scale in ("ue8m0", "fp32") if (N, K) in FP32_SHAPES else ("ue8m0",):
-                quick = scale == "ue8m0" and (N, K) == quick_shape
+        for shape in shapes or SHAPES:
+            for scale in ("ue8m0", "fp32") if shape in FP32_SHAPES else ("ue8m0",):
                 for M in rows:
-                    ends = M in (rows[0], rows[-1])
-                    yield make(backend, M=M, N=N, K=K, scale=scale, quick=quick and ends)
+                    quick = scale == "ue8m0" and shape == quick_shape and M in (rows[0], rows[-1])
+                    yield make(backend, M=M, N=shape[0], K=shape[1], scale=scale, quick=quick)
         if bench == "prefill_gemm" and not shapes:
             yield make(backend, M=CUBE, N=CUBE, K=CUBE)
 

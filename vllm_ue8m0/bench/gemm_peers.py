@@ -24,7 +24,7 @@ import torch
 from ..codec import scale_to_float
 from ..formats import BLOCK
 from ..layouts import to_layout
-from . import limit
+from . import roof
 from .case import Inputs, Operator, Outputs
 from .peers import PeerAbsent, group_quant, vllm_op
 
@@ -34,9 +34,11 @@ HOPPER = 9
 def activation_scales(a_s: torch.Tensor) -> Inputs:
     """Row-major scales [M, ceil(K/128)], uint8 or float32, as the products want them."""
     scales = scale_to_float(a_s)
+    # Of one row too the strides are these, which `.t().contiguous()` would leave as they are.
+    column = torch.empty_strided(scales.shape, (1, scales.shape[0]), device=scales.device)
     return {
         "a_s_row": scales,
-        "a_s_column": scales.t().contiguous().t(),
+        "a_s_column": column.copy_(scales),
         "a_s_tma": to_layout(scales, "mn_major"),
     }
 
@@ -53,8 +55,8 @@ def gemm(ue8m0: bool) -> dict[str, Operator]:
 def cublas() -> dict[str, Operator]:
     """Other work: one scale for each tensor, here 1; its inputs are a, w and that one."""
     return {
-        "cublas_per_tensor_fast": lambda t: [limit.tensorwise(t["a"], t["w"], t["one"], True)],
-        "cublas_per_tensor": lambda t: [limit.tensorwise(t["a"], t["w"], t["one"], False)],
+        "cublas_per_tensor_fast": lambda t: [roof.tensorwise(t["a"], t["w"], t["one"], True)],
+        "cublas_per_tensor": lambda t: [roof.tensorwise(t["a"], t["w"], t["one"], False)],
     }
 
 

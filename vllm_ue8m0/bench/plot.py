@@ -1,8 +1,8 @@
-"""Results as a picture: a panel per operator and variant, time over M, ours beside the others.
+"""Results as a picture: a panel per operator and variant, ours beside the others.
 
 Results of one variant at three or more M are lines over M. What is left of an operator is one
-panel with a row per result, as multiples of our time, so that sizes can be compared. matplotlib
-is imported when a picture is asked for.
+panel with a row per result, as multiples of our time, so that sizes can be compared. Products of
+one benchmark are points under the roof: speed over flops per byte.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ COLORS = (  # ours is the first
     pictures.BLUE, pictures.VERMILION, pictures.GREEN, pictures.PINK, pictures.ORANGE, pictures.SKY
 )  # fmt: skip
 GRAY = "#666666"
+LIMIT = "copy of as many bytes"
 
 Times = Callable[[Record], float | None]
 Series = tuple[str, Times, dict[str, Any]]
+Draw = Callable[[Any, Sequence[Record]], None]
 
 
 def check(path: str | Path) -> None:
@@ -50,23 +52,29 @@ def _draw(pyplot: Any, records: Sequence[Record]) -> Any:
     rows = ceil(len(panels) / columns)
     size = (PANEL[0] * columns, PANEL[1] * rows)
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for ax, (title, group, over_m) in zip(axes.flat, panels, strict=False):
-        (_draw_over_m if over_m else _draw_rows)(ax, group)
+    for ax, (title, group, draw) in zip(axes.flat, panels, strict=False):
+        draw(ax, group)
         ax.set_title(title, fontsize=10)
     for ax in list(axes.flat)[len(panels) :]:
         ax.set_visible(False)
     measured = dict.fromkeys(f"{record.gpu}, {record.date}" for record in records)
-    figure.suptitle(f"time per call, lower is better ({'; '.join(measured)})", fontsize=12)
+    times = any(draw is not _draw_roofline for _, _, draw in panels)
+    what = "time per call, lower is better" if times else "speed of products, higher is better"
+    figure.suptitle(f"{what} ({'; '.join(measured)})", fontsize=12)
     return figure
 
 
-def _panels(records: Sequence[Record]) -> list[tuple[str, list[Record], bool]]:
-    """(title, records, lines over M or rows) of one operator."""
+def _panels(records: Sequence[Record]) -> list[tuple[str, list[Record], Draw]]:
+    """(title, records, how to draw them) of one operator."""
+    products = [record for record in records if record.flops and record.num_bytes]
+    if products:
+        return [(records[0].bench, products, _draw_roofline)]
     series: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
         key = (record.N, record.K, *sorted(record.variant.items()))
         series.setdefault(key, []).append(record)
-    panels, rest = [], []
+    panels: list[tuple[str, list[Record], Draw]] = []
+    rest = []
     for group in series.values():
         if len({record.M for record in group} - {None}) < MIN_POINTS:
             rest += group
@@ -74,9 +82,10 @@ def _panels(records: Sequence[Record]) -> list[tuple[str, list[Record], bool]]:
         first = group[0]
         sizes = [f"{name}={size}" for name, size in (("N", first.N), ("K", first.K)) if size]
         title = ", ".join([first.bench, *sizes, describe_variant(first.variant)])
-        panels.append((title, sorted(group, key=lambda record: record.M or 0), True))
+        panels.append((title, sorted(group, key=lambda record: record.M or 0), _draw_over_m))
     if rest:
-        panels.append((f"{records[0].bench}, {'other' if panels else 'all'} cases", rest, False))
+        title = f"{records[0].bench}, {'other' if panels else 'all'} cases"
+        panels.append((title, rest, _draw_rows))
     return panels
 
 
@@ -99,7 +108,7 @@ def _series(records: Sequence[Record]) -> list[Series]:
         label = name if kind == "peers_us" else f"{name} (other work)"
         series.append((label, times(kind, name), style))
     limit = {"color": GRAY, "linestyle": "--", "marker": "|"}
-    series.append(("copy of as many bytes", lambda record: record.limit_us, limit))
+    series.append((LIMIT, lambda record: record.limit_us, limit))
     empty = {"color": GRAY, "linestyle": ":", "marker": "."}
     series.append(("empty kernel", times("context_us", EMPTY), empty))
     return series
@@ -142,6 +151,36 @@ def _draw_rows(ax: Any, records: Sequence[Record]) -> None:
     ax.axvline(1, color=COLORS[0], linewidth=1, zorder=0)
     ax.grid(True, axis="x", alpha=0.3)
     ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+
+
+def _draw_roofline(ax: Any, records: Sequence[Record]) -> None:
+    intensities = [_intensity(record) for record in records]
+    for label, time_us, style in _series(records):
+        points = [
+            (x, (record.flops or 0) / t / 1e6)
+            for x, record in zip(intensities, records, strict=True)
+            if (t := time_us(record)) is not None
+        ]
+        if points and label != LIMIT:
+            marks = {"alpha": 0.8, **style, "linestyle": "none", "markersize": 4}
+            ax.plot(*zip(*points, strict=True), label=label, **marks)
+    roofs = {tuple(sorted(record.roof.items())) for record in records if record.roof}
+    for roof in map(dict, sorted(roofs)):
+        ridge = roof["tflops"] / roof["tb_per_s"]
+        xs = sorted({min(intensities) / 1.5, ridge, max(intensities) * 1.5})
+        ys = [min(x * roof["tb_per_s"], roof["tflops"]) for x in xs]
+        text = f"{roof['tb_per_s']:.2f} TB/s, {roof['tflops']:.0f} TFLOPS"
+        ax.plot(xs, ys, color=GRAY, linestyle="--", linewidth=1, label=text)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("flops per byte")
+    ax.set_ylabel("TFLOPS")
+    ax.grid(True, which="both", alpha=0.2)
+    ax.legend(fontsize=8)
+
+
+def _intensity(record: Record) -> float:
+    return (record.flops or 0) / (record.num_bytes or 1)
 
 
 def _row_label(record: Record) -> str:

@@ -13,6 +13,7 @@ from . import BenchError, limit
 from .case import Agree, Case, Inputs, Operator, Outputs, tensor_bytes
 from .machine import Machine
 from .records import Record
+from .roof import Roof
 from .table import EMPTY
 from .timing import Candidate, Clock, Timing, plan_copies
 
@@ -25,7 +26,7 @@ Say = Callable[[str], None]
 
 def run(
     cases: Sequence[Case], clock: Clock, machine: Machine, say: Say, device: str = "cuda",
-    roof: limit.Roof | None = None,
+    roof: Roof | None = None,
 ) -> Iterator[Record]:  # fmt: skip
     """Measure cases one by one; BenchError names the case whose result of ours is wrong.
 
@@ -134,9 +135,7 @@ def _why_absent(
     return different and f"not the same work: {different}"
 
 
-def _record(
-    case: Case, machine: Machine, times: dict[str, Timing], roof: limit.Roof | None
-) -> Record:
+def _record(case: Case, machine: Machine, times: dict[str, Timing], roof: Roof | None) -> Record:
     by_kind: dict[str, dict[str, float]] = {"peer": {}, "context": {}, "copy": {}}
     for key, timing in times.items():
         kind, _, name = key.partition(" ")

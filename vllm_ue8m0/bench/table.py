@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import exp, log
 
 from .records import Record, describe_variant
@@ -35,6 +35,9 @@ def summary(records: Sequence[Record]) -> str:
     """Per operator: geometric mean of peer / ours, and the least share of the copy where large."""
     lines = ["summary (ratio: peer's time / ours, geometric mean; above 1 ours is faster)"]
     for bench, group in by_bench(records).items():
+        if any(record.flops for record in group):
+            lines += [f"  {line}" for line in _products_summary(group)]
+            continue
         words = [
             f"{peer} {geomean(ratios):.2f} over {len(ratios)}"
             for peer in names(group, "peers_us")
@@ -50,6 +53,60 @@ def summary(records: Sequence[Record]) -> str:
             words.append(f"least share of the copy from 100 MB on {least:.0%} ({_sizes(record)})")
         lines.append(f"  {bench}: {'; '.join(words) or 'no peer, and nothing of 100 MB'}")
     return "\n".join(lines)
+
+
+def _products_summary(records: Sequence[Record]) -> Iterator[str]:
+    """Per kind of scales: ratios to each other product, to the fastest peer, to the limit."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        cube = f" {record.M}^3" if record.M == record.N == record.K else ""
+        groups.setdefault(f"{describe_variant(record.variant)}{cube}", []).append(record)
+    for variant, group in groups.items():
+        yield f"{group[0].bench} {variant}, cases: {len(group)}"
+        others = {name: _times(group, "peers_us", name) for name in names(group, "peers_us")}
+        peers = [(min(r.peers_us.values()), r) for r in group if r.peers_us]
+        others["the fastest of these"] = peers
+        for name in names(group, "context_us"):
+            others[f"({name})"] = _times(group, "context_us", name)
+        others["limit"] = [(r.limit_us, r) for r in group if r.limit_us is not None]
+        for name, times in others.items():
+            if times:
+                yield f"  {name} {_ratios(times)}"
+    slower = [
+        (record.ours_us / other.ours_us, record)
+        for record in records
+        for other in records
+        if (record.M, record.N, record.K) == (other.M, other.N, other.K)
+        and (record.variant.get("scale"), other.variant.get("scale")) == ("fp32", "ue8m0")
+    ]
+    if slower:
+        most, where = max(slower, key=lambda pair: pair[0])
+        mean = geomean([ratio for ratio, _ in slower])
+        yield f"{records[0].bench}, ours with fp32 scales / with ue8m0"
+        yield f"  {mean:.3f} over {len(slower)}, most {most:.3f} ({_case(where)})"
+
+
+def _times(records: Sequence[Record], kind: str, name: str) -> list[tuple[float, Record]]:
+    return [(getattr(r, kind)[name], r) for r in records if name in getattr(r, kind)]
+
+
+def _ratios(times: Sequence[tuple[float, Record]]) -> str:
+    """Geometric mean of time / ours, the least, and by M where there are several."""
+    ratios = [(time_us / record.ours_us, record) for time_us, record in times]
+    least, where = min(ratios, key=lambda pair: pair[0])
+    text = f"{geomean([ratio for ratio, _ in ratios]):.3f} over {len(ratios)}"
+    if len(ratios) > 1:
+        text += f", least {least:.3f} ({_case(where)})"
+    by_m: dict[int | None, list[float]] = {}
+    for ratio, record in ratios:
+        by_m.setdefault(record.M, []).append(ratio)
+    if len(by_m) > 1:
+        text += "; " + ", ".join(f"M={M} {geomean(some):.3f}" for M, some in by_m.items())
+    return text
+
+
+def _case(record: Record) -> str:
+    return f"M={record.M} {_n_k(record)}"
 
 
 def geomean(values: Sequence[float]) -> float:
@@ -72,7 +129,9 @@ def _table(records: Sequence[Record]) -> str:
 
 def _block(records: Sequence[Record]) -> str:
     peers, context = names(records, "peers_us"), names(records, "context_us")
-    header = ["variant", "M", "N/K", "ours us", "TB/s", "limit us", "limit/ours"]
+    products = any(record.flops for record in records)
+    header = ["variant", "M", "N/K", "ours us", "TB/s", *(["TFLOPS"] if products else [])]
+    header += ["limit us", "limit/ours"]
     for peer in peers:
         header += [f"{peer} us", "/ours"]
     header += [f"({name} us)" for name in context]
@@ -86,6 +145,7 @@ def _block(records: Sequence[Record]) -> str:
             _n_k(record),
             _us(record.ours_us),
             tb_per_s or "-",
+            *([f"{record.flops / record.ours_us / 1e6:.1f}" if record.flops else "-"] * products),
             _us(record.limit_us),
             "-" if share is None else f"{share:.0%}",
         ]
