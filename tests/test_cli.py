@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vllm_ue8m0
-from vllm_ue8m0.bench import QUANT_OPS
+from vllm_ue8m0.bench import GEMM_BENCHES, QUANT_OPS
 from vllm_ue8m0.checkpoint.convert import QUANT_METHODS, TARGETS
 from vllm_ue8m0.checkpoint.steps import SCALE_DTYPES
 from vllm_ue8m0.cli import main
@@ -129,6 +129,10 @@ def test_errors_are_one_line(
         ["verify", "a", "b", "--tolerance", "nan"],
         ["bench"],
         ["bench", "quant", "--only", "gemm"],
+        ["bench", "gemm", "--only", "act_quant"],
+        ["bench", "gemm", "--shape", "7168"],
+        ["bench", "gemm", "--shape", "7168,0"],
+        ["bench", "gemm", "--shape", "7168,2048,1"],
         ["bench", "plot", "results.jsonl"],
     ],
 )
@@ -184,6 +188,10 @@ def test_bench_choices(capsys: pytest.CaptureFixture[str]) -> None:
         main(["bench", "quant", "--help"])
     text = capsys.readouterr().out
     assert all(op in text for op in QUANT_OPS)
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "gemm", "--help"])
+    text = capsys.readouterr().out
+    assert all(bench in text for bench in GEMM_BENCHES)
 
 
 def test_choices_are_those_of_convert(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`bench quant` from the command line to its files, with a clock that needs no GPU."""
+"""`bench quant` and `bench gemm` from the command line to their files; the clock needs no GPU."""
 
 from functools import partial
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from fake_clock import DEVICE, MACHINE, FakeClock
 
 from vllm_ue8m0 import dispatch, reference
-from vllm_ue8m0.bench import machine, quant, records, run, table, timing
+from vllm_ue8m0.bench import gemm, machine, quant, records, roof, run, table, timing
 from vllm_ue8m0.cli import main
 
 
@@ -20,6 +20,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list:
         asked.append((backend, only, quick))
         return [quant.act_quant(backend, 3, 256), quant.weight_quant(backend, 128, 256, "ue8m0")]
 
+    def products(gemm_backend, linear_backend, only, quick, shapes):
+        asked.append((gemm_backend, linear_backend, only, quick, shapes))
+        return [
+            gemm.gemm(gemm_backend, "prefill_gemm", 3, 128, 256),
+            gemm.linear(linear_backend, 2, 128, 256),
+        ]
+
     class Reference:
         def load(self):
             return reference
@@ -30,6 +37,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list:
     monkeypatch.setattr(timing, "CudaClock", FakeClock)
     monkeypatch.setattr(run, "run", partial(run.run, device=DEVICE))
     monkeypatch.setattr(quant, "cases", cases)
+    monkeypatch.setattr(gemm, "cases", products)
+    monkeypatch.setattr(roof, "measure", lambda clock: roof.Roof(3.0, 1500.0))
     return asked
 
 
@@ -50,6 +59,26 @@ def test_quant(asked: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "[1/2] act_quant M=3 K=256" in captured.err and "[2/2] weight_quant" in captured.err
     assert "act_quant, all cases" in picture.read_text()
     assert set(tmp_path.iterdir()) == {out, picture}
+
+
+def test_gemm(asked: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    out, picture = tmp_path / "results.jsonl", tmp_path / "results.svg"
+    arguments = ["--only", "decode_linear", "--shape", "128,256", "7168,2048"]
+    arguments += ["--out", str(out), "--plot", str(picture)]
+    assert main(["bench", "gemm", *arguments]) == 0
+    shapes = [(128, 256), (7168, 2048)]
+    assert asked == [(reference, reference, ["decode_linear"], False, shapes)]
+    measured = records.read(out)
+    assert [(r.bench, r.M, r.N, r.K) for r in measured] == [
+        ("prefill_gemm", 3, 128, 256),
+        ("decode_linear", 2, 128, 256),
+    ]
+    captured = capsys.readouterr()
+    assert captured.out == table.render(measured) + "\n"
+    assert "roof: reads 3.0 TB/s, FP8 products 1500.0 TFLOPS" in captured.err
+    assert "[2/2] decode_linear M=2 N=128 K=256" in captured.err
+    assert "3.00 TB/s, 1500 TFLOPS" in picture.read_text()
 
 
 def test_nothing_is_written_unasked(asked: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -61,15 +61,14 @@ def test_selections():
         )
         for M in ends
     ]
-    only = gemm.cases(
-        reference, reference, only=["decode_linear"], shapes=[(64, 128), (2112, 7168)]
-    )
+    own = [(64, 128), (2112, 7168)]
+    only = gemm.cases(reference, reference, only=["decode_linear"], shapes=own)
     assert [(c.M, c.N, c.K) for c in only if c.variant["scale"] == "ue8m0"] == [
-        (M, *shape) for shape in [(64, 128), (2112, 7168)] for M in (1, 8, 16, 32)
+        (M, *shape) for shape in own for M in (1, 8, 16, 32)
     ]
     assert len(only) == 12  # float32 scales for the second
-    own = gemm.cases(reference, reference, quick=True, shapes=[(64, 128), (2112, 7168)])
-    assert {(c.N, c.K) for c in own} == {(64, 128)}
+    quick = gemm.cases(reference, reference, quick=True, shapes=own)
+    assert {(c.N, c.K) for c in quick} == {(64, 128)}
 
 
 def test_prefill_is_timed_by_single_launches_and_beside_cublas():
@@ -77,7 +76,7 @@ def test_prefill_is_timed_by_single_launches_and_beside_cublas():
         assert case.single == (case.bench in ("prefill_gemm", "middle_gemm"))
         assert bool(case.context) == (case.bench == "prefill_gemm")
         linear = case.bench == "decode_linear"
-        assert [*case.peers][0] == ("vllm_quant_deepgemm" if linear else "deepgemm")
+        assert next(iter(case.peers)) == ("vllm_quant_deepgemm" if linear else "deepgemm")
 
 
 def test_bytes_and_flops_by_hand():

@@ -1,6 +1,7 @@
-"""`bench quant --quick`, for real."""
+"""`bench quant --quick` and `bench gemm --quick`, for real."""
 
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 import torch
@@ -30,6 +31,34 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert ("empty" in record.context_us) == (record.M == 16)
     assert main(["bench", "show", str(path)]) == 0
     assert capsys.readouterr().out == captured.out
+
+
+def test_quick_products(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "results.jsonl"
+    only = ["prefill_gemm", "middle_gemm", "decode_gemm"]  # FlashInfer compiles for two minutes
+    assert main(["bench", "gemm", "--quick", "--only", *only, "--out", str(path)]) == 0
+    assert "[6/6] decode_gemm" in capsys.readouterr().err
+    records = read(path)
+    assert [record.bench for record in records] == [bench for bench in only for _ in range(2)]
+    for record in records:
+        assert 1.0 < record.ours_us < 10_000
+        assert 0.5 < record.roof["tb_per_s"] < 10 and 50 < record.roof["tflops"] < 10_000
+        # Faster than the roof by far would have been measured in the cache, or not at all.
+        assert record.limit_us < 1.1 * record.ours_us
+
+
+def test_single_launches_are_counted_and_take_no_launch_time():
+    count = torch.zeros((), dtype=torch.int32, device="cuda")
+
+    def slow_to_launch(i: int):
+        end = perf_counter() + 100e-6
+        while perf_counter() < end:
+            pass
+        count.add_(1)
+
+    times = CudaClock().measure_single({"slow": slow_to_launch})
+    assert int(count) == 1 + WARM_ROUNDS + ROUNDS
+    assert times["slow"].time_us < 50
 
 
 def test_a_graph_makes_every_call_on_the_next_buffer():

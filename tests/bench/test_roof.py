@@ -24,5 +24,5 @@ def test_figures(monkeypatch: pytest.MonkeyPatch):
 def test_no_product(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "_scaled_mm", fake)
     clock = FakeClock(errors={"an FP8 product": RuntimeError("needs sm_89")})
-    with pytest.raises(BenchError, match="an FP8 product cannot be timed.*needs sm_89"):
+    with pytest.raises(BenchError, match=r"an FP8 product cannot be timed.*needs sm_89"):
         roof.measure(clock, DEVICE, num_bytes=1 << 12, size=16)

@@ -65,6 +65,8 @@ def measure(
     def kept() -> Iterator[records.Record]:
         clock = CudaClock()
         bound = roof.measure(clock) if with_roof else None
+        if bound is not None:
+            _say(f"roof: reads {bound.tb_per_s} TB/s, FP8 products {bound.tflops} TFLOPS")
         for record in run(cases(*backends), clock, machine.describe(), _say, roof=bound):
             measured.append(record)
             yield record

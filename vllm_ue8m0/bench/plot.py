@@ -8,7 +8,7 @@ one benchmark are points under the roof: speed over flops per byte.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import ceil
+from math import ceil, log2
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -166,12 +166,14 @@ def _draw_roofline(ax: Any, records: Sequence[Record]) -> None:
             ax.plot(*zip(*points, strict=True), label=label, **marks)
     roofs = {tuple(sorted(record.roof.items())) for record in records if record.roof}
     for roof in map(dict, sorted(roofs)):
-        ridge = roof["tflops"] / roof["tb_per_s"]
-        xs = sorted({min(intensities) / 1.5, ridge, max(intensities) * 1.5})
+        left, right = min(intensities) / 1.5, max(intensities) * 1.5
+        xs = [left, min(max(roof["tflops"] / roof["tb_per_s"], left), right), right]
         ys = [min(x * roof["tb_per_s"], roof["tflops"]) for x in xs]
         text = f"{roof['tb_per_s']:.2f} TB/s, {roof['tflops']:.0f} TFLOPS"
         ax.plot(xs, ys, color=GRAY, linestyle="--", linewidth=1, label=text)
-    ax.set_xscale("log")
+    powers = [2**k for k in range(int(log2(min(intensities))), ceil(log2(max(intensities))) + 1)]
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(powers, [str(power) for power in powers], fontsize=8)
     ax.set_yscale("log")
     ax.set_xlabel("flops per byte")
     ax.set_ylabel("TFLOPS")

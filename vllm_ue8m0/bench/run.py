@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from zlib import crc32
@@ -84,16 +84,7 @@ def _measure(case: Case, clock: Clock, device: str, say: Say) -> dict[str, Timin
         name: partial(_call, operator, buffers) for name, operator in operators.items()
     }
     if case.flops is None:
-        candidates.update(limit.copies(case.num_bytes, copies, device))
-    if case.flops is None and case.M is not None and case.M <= SMALL_M:
-        # Back to back, a kernel under programmatic dependent launch starts while its own kind
-        # ends. After an ordinary kernel it cannot: both figures are told.
-        empty = limit.empty(device)
-        for name in [name for name in candidates if not name.startswith(("context", "copy"))]:
-            after = partial(_in_turn, empty, candidates[name])
-            candidates[f"context {EMPTY} + {name.removeprefix('peer ')}"] = after
-        candidates[f"context {EMPTY}"] = empty
-
+        candidates.update(_yardsticks(case, candidates, copies, device))
     if case.single:
         timings = clock.measure_single(candidates)
     else:
@@ -108,6 +99,23 @@ def _measure(case: Case, clock: Clock, device: str, say: Say) -> dict[str, Timin
         else:
             raise BenchError(f"{case}: {name} cannot be timed: {_first_line(timing)}") from timing
     return times
+
+
+def _yardsticks(
+    case: Case, candidates: Mapping[str, Candidate], copies: int, device: str
+) -> dict[str, Candidate]:
+    """What stands beside work that is limited by bytes: copies, and for few rows empty kernels."""
+    found = limit.copies(case.num_bytes, copies, device)
+    if case.M is not None and case.M <= SMALL_M:
+        # Back to back, a kernel under programmatic dependent launch starts while its own kind
+        # ends. After an ordinary kernel it cannot: both figures are told.
+        empty = limit.empty(device)
+        for name, call in candidates.items():
+            if not name.startswith("context"):
+                after = partial(_in_turn, empty, call)
+                found[f"context {EMPTY} + {name.removeprefix('peer ')}"] = after
+        found[f"context {EMPTY}"] = empty
+    return found
 
 
 def _call(operator: Operator, buffers: list[Inputs], index: int) -> Outputs:
