@@ -6,9 +6,12 @@ argument shows here without a GPU.
 
 import pytest
 import torch
+from fake_clock import DEVICE, MACHINE, FakeClock
 
 from vllm_ue8m0 import reference
 from vllm_ue8m0.bench import gemm, gemm_peers, peers
+from vllm_ue8m0.bench.roof import Roof
+from vllm_ue8m0.bench.run import run
 
 GRAN = (128, 128)
 
@@ -121,6 +124,22 @@ def test_cublas_is_other_work(monkeypatch: pytest.MonkeyPatch):
         assert out.shape == (4, 128) and out.isfinite().all()
     assert [*case.context] == ["cublas_per_tensor_fast", "cublas_per_tensor"]
     assert fast == [True, False]
+
+
+def test_absent_peers_are_said_with_their_reasons(monkeypatch: pytest.MonkeyPatch):
+    def absent(what):
+        raise peers.PeerAbsent("no vLLM here")
+
+    monkeypatch.setattr(gemm_peers, "_get", absent)
+    for module in (peers, gemm_peers):
+        monkeypatch.setattr(module, "vllm_op", absent)
+    cases = [gemm.gemm(reference, "middle_gemm", 4, 128, 256), gemm.linear(reference, 4, 128, 256)]
+    said = []
+    for record in run(cases, FakeClock(), MACHINE, said.append, DEVICE, Roof(3.0, 1500.0)):
+        assert (record.peers_us, record.ours_us) == ({}, 7.0)
+    for case in cases:
+        for name in case.peers:
+            assert f"peer {name} of {case.bench} is absent: no vLLM here" in said
 
 
 def test_absence_is_found_once(monkeypatch: pytest.MonkeyPatch):
