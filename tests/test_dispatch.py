@@ -26,13 +26,28 @@ def test_cpu_takes_the_reference():
 
 
 def test_gpu_takes_triton(monkeypatch):
-    gpu(monkeypatch, (9, 0))
+    gpu(monkeypatch, (8, 9))
     assert dispatch.choose("linear", "cuda").name == "portable"
+
+
+def test_hopper_takes_its_own_products_and_portable_for_the_rest(monkeypatch):
+    gpu(monkeypatch, (9, 0))
+    for wanted in ("auto", "sm90"):
+        monkeypatch.setenv("UE8M0_BACKEND", wanted)
+        dispatch.choose.cache_clear()
+        chosen = {op: dispatch.choose(op, "cuda").name for op in dispatch.OPERATORS}
+        assert {op for op, name in chosen.items() if name == "sm90"} == {"gemm", "linear"}
+        assert set(chosen.values()) == {"sm90", "portable"}
+    gpu(monkeypatch, (8, 9))
+    dispatch.choose.cache_clear()
+    with pytest.raises(RuntimeError, match="sm90: needs sm_90, this GPU is sm_89"):
+        dispatch.choose("gemm", "cuda")
 
 
 def test_old_gpu_is_refused_with_every_reason(monkeypatch):
     gpu(monkeypatch, (8, 0))
-    with pytest.raises(RuntimeError, match=r"portable: needs sm_89.*sm_80; reference: .*silently"):
+    reasons = r"sm90: needs sm_90.*sm_80; portable: needs sm_89.*sm_80; reference: .*silently"
+    with pytest.raises(RuntimeError, match=reasons):
         dispatch.choose("linear", "cuda")
 
 
@@ -49,7 +64,9 @@ def test_quantization_starts_at_sm_80(monkeypatch):
 
 def test_every_backend_has_every_operator():
     for backend in dispatch.BACKENDS:
-        assert all(callable(getattr(backend.load(), op)) for op in dispatch.OPERATORS)
+        if backend.name != "sm90":  # needs Gluon, which the interpreter does not run
+            assert backend.operators == dispatch.OPERATORS
+            assert all(callable(getattr(backend.load(), op)) for op in backend.operators)
 
 
 def test_gpu_without_triton_does_not_fall_back(monkeypatch):
@@ -69,5 +86,5 @@ def test_named_backend_is_that_or_an_error(monkeypatch):
     with pytest.raises(RuntimeError, match="only in its interpreter"):
         dispatch.choose("linear", "cpu")
     monkeypatch.setenv("UE8M0_BACKEND", "cutlass")
-    with pytest.raises(ValueError, match="allowed: auto, portable, reference"):
+    with pytest.raises(ValueError, match="allowed: auto, sm90, portable, reference"):
         dispatch.choose("linear", "cuda")

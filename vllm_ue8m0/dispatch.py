@@ -26,6 +26,7 @@ QUANT_OPERATORS = (
 )
 PRODUCT_OPERATORS = ("gemm", "linear", "experts")
 OPERATORS = QUANT_OPERATORS + PRODUCT_OPERATORS
+SM90_OPERATORS = ("gemm", "linear")
 # Triton's e4m3 (fp8e4nv) starts at sm_89; before it, codes are bytes and integer arithmetic.
 MIN_CAPABILITY = {
     **dict.fromkeys(QUANT_OPERATORS, (8, 0)),
@@ -40,6 +41,7 @@ class Backend:
     name: str
     module: str
     supports: Callable[[str, str, bool], tuple[bool, str]]
+    operators: tuple[str, ...] = OPERATORS
 
     def load(self) -> ModuleType:
         return import_module(self.module, __package__)
@@ -68,7 +70,19 @@ def _reference_supports(op: str, device_type: str, explicit: bool) -> tuple[bool
     return False, f"plain torch is not chosen by itself on {device_type}: it would be slow silently"
 
 
+def _sm90_supports(op: str, device_type: str, explicit: bool) -> tuple[bool, str]:
+    if device_type != "cuda" or find_spec("triton") is None:
+        return False, "needs a GPU of sm_90 and triton"
+    if find_spec("triton.experimental.gluon") is None:
+        return False, "needs a triton with Gluon (3.6 or newer)"
+    capability = torch.cuda.get_device_capability()
+    if capability[0] != 9:
+        return False, f"needs sm_90, this GPU is {_sm(capability)}"
+    return True, "Gluon kernels for sm_90; portable's where sm90.products.refusal names a reason"
+
+
 BACKENDS = (
+    Backend("sm90", ".sm90", _sm90_supports, SM90_OPERATORS),
     Backend("portable", ".portable", _portable_supports),
     Backend("reference", ".reference", _reference_supports),
 )
@@ -83,11 +97,19 @@ def requested() -> str:
     return name
 
 
+def batch_invariant() -> bool:
+    """Whether a row's result shall not depend on the batch at all: vLLM's VLLM_BATCH_INVARIANT."""
+    return os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
+
+
 @cache
 def choose(op: str, device_type: str) -> Backend:
     """The backend of an operator on "cpu" or "cuda"; RuntimeError with every reason if none."""
     wanted, reasons = requested(), []
-    for backend in BACKENDS:
+    having = [backend for backend in BACKENDS if op in backend.operators]
+    if wanted not in [backend.name for backend in having]:
+        wanted = "auto"  # sm90 has its own kernels for some operators, and portable's for the rest
+    for backend in having:
         if wanted not in ("auto", backend.name):
             continue
         ok, reason = backend.supports(op, device_type, wanted == backend.name)
@@ -109,6 +131,8 @@ def table(device_type: str) -> str:
         except RuntimeError:
             chosen = None
         for backend in BACKENDS:
+            if op not in backend.operators:
+                continue
             ok, reason = backend.supports(op, device_type, requested() == backend.name)
             mark = "chosen" if backend is chosen else "usable" if ok else "refused"
             lines.append(f"{op:<15} {backend.name:<10} {mark:<8} {reason}")

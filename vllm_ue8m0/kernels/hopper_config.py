@@ -1,0 +1,200 @@
+"""Launch configurations of the sm_90 products: tables that `vllm-ue8m0 tune` made, else rules.
+
+A table is a JSON file for one GPU in `tuned/`, by (N, K) and the nearest number of rows. Whatever
+the table, SPLITS of the kernels for few rows is one number for (N, K), and all SPLITS are 1 in a
+batch-invariant run: then every kernel sums K in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..layouts import ceil_div
+
+MAX_DECODE_ROWS = 64
+TABLES = Path(__file__).parents[1] / "tuned"
+# Shared memory of a program: alone on an SM, and with a second one, so that the next kernel's
+# weights are on their way while this one ends.
+SHARED_BYTES, HALF_SHARED_BYTES = 227 * 1024, 113 * 1024
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """decode_gemm: tokens a tile, rows of w a tile (64, 128), ring stages of two blocks of K."""
+
+    tokens: int
+    block_n: int
+    stages: int
+    splits: int
+    programs: int
+    fused: bool = False
+
+    def blocks(self, NK: int) -> int:
+        """A power of two, at least the blocks of K of any part."""
+        return 1 << (2 * ceil_div(ceil_div(NK, 2), self.splits) - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """prefill_gemm: rows of a and of w a tile, ring stages, parts of K."""
+
+    block_m: int
+    block_n: int
+    stages: int
+    splits: int = 1
+
+
+def tokens(M: int) -> int:
+    """Tokens of a tile for M <= 64 rows: the tensor cores take 8 and more."""
+    return max(8, 1 << (M - 1).bit_length())
+
+
+def decode_stages(config: DecodeConfig, NK: int, budget: int) -> int:
+    """Stages that fit into `budget` bytes of shared memory beside the rest."""
+    rest = config.blocks(NK) * 4 * (config.tokens + 2)
+    rest += config.block_n * config.tokens * 4 + 4096  # of layout conversions and barriers
+    if config.fused:
+        rest += config.blocks(NK) * config.tokens * 128
+    stage = 2 * 128 * (config.block_n + (0 if config.fused else config.tokens))
+    return (budget - rest) // stage
+
+
+def default_splits(N: int, K: int, sms: int) -> int:
+    """Parts of K of decode_gemm: enough programs to draw the full bandwidth.
+
+    About half the SMs do already, and adding parts costs 1 to 3 us. H100, 2026-11-23, us at M = 16
+    for SPLITS 1, 2, 4: (4608, 7168) 14.5, 21, -; (4096, 7168) 12.7, 12.8, 12.9; (2112, 7168) -,
+    8.7, 8.2.
+    """
+    tiles, pairs, splits = ceil_div(N, 64), ceil_div(ceil_div(K, 128), 2), 1
+    if tiles >= sms // 2:
+        return 1
+    while tiles * splits < sms * 0.95 and 2 * splits <= pairs // 2 and splits < 16:
+        splits *= 2
+    return splits
+
+
+def default_decode(M: int, N: int, K: int, splits: int, fused: bool, sms: int) -> DecodeConfig:
+    """Tiles of 64 rows of w; programs share an SM if there are few."""
+    NK = ceil_div(K, 128)
+    units = ceil_div(N, 64) * splits
+    programs = units if units <= 2 * sms else sms
+    config = DecodeConfig(tokens(M), 64, 1, splits, programs // splits * splits, fused)
+    most = ceil_div(units, programs) * ceil_div(ceil_div(NK, 2), splits)
+    stages = min(decode_stages(config, NK, HALF_SHARED_BYTES), 5, most)
+    if stages < min(3, most):
+        stages = min(decode_stages(config, NK, SHARED_BYTES), 5, most)
+    return DecodeConfig(config.tokens, 64, stages, splits, config.programs, fused)
+
+
+def worth_fusing(M: int, K: int, splits: int) -> bool:
+    """Whether every program quantizing its part of K beats a kernel for it (about 1.8 us).
+
+    H100, 2026-11-23, linear from bf16 fused and in two kernels, us: (7168, 2048) M = 1 7.1, 8.3;
+    M = 8 8.7, 8.7; (3072, 1536) M = 8 5.4, 5.7; M = 16 6.1, 5.8; (7168, 16384) M = 1 61, 43.3.
+    """
+    part = ceil_div(ceil_div(K, 128), splits)
+    return part <= 20 if M <= 4 else M * part <= 100
+
+
+# us of one block of 128 of K of a tile on an SM at about 1.5 GHz, from the sweep below.
+_BLOCK_US = {
+    (256, 128): 0.91,
+    (128, 128): 0.455,
+    (256, 64): 0.48,
+    (128, 64): 0.244,
+    (128, 32): 0.15,
+}
+_STAGES = {(256, 128): 4, (128, 128): 6, (256, 64): 5, (128, 64): 8, (128, 32): 10}
+
+
+def prefill_candidates(M: int, N: int, K: int) -> Iterator[PrefillConfig]:
+    """Configurations that may be fastest for more than 64 rows."""
+    NK = ceil_div(K, 128)
+    for (block_m, block_n), stages in _STAGES.items():
+        for splits in (1, 2, 3, 4, 6, 8):
+            units = ceil_div(M, block_m) * ceil_div(N, block_n) * splits
+            if splits > 1 and (block_m == 256 or 4 * splits > NK or units > 280 or M > 1024):
+                continue
+            yield PrefillConfig(block_m, block_n, stages, splits)
+
+
+def default_prefill(M: int, N: int, K: int, sms: int, split: bool) -> PrefillConfig:
+    """The cheapest of prefill_candidates by waves of tiles times blocks of K.
+
+    Within 1.5 % of the fastest on the average, 19 % at worst, over DeepSeek-V3's 14 shapes and
+    M = 128 to 8192 (H100, 2026-11-23).
+    """
+
+    def cost_us(config: PrefillConfig) -> float:
+        units = ceil_div(M, config.block_m) * ceil_div(N, config.block_n) * config.splits
+        block = _BLOCK_US[config.block_m, config.block_n]
+        if config.block_m == 128 and M > 2048:
+            block *= 1.15  # of twice the reads from L2
+        blocks = ceil_div(ceil_div(K, 128), config.splits)
+        time = ceil_div(units, sms) * (blocks * block + 1.15)
+        if config.splits > 1:
+            time += 3.0 + 1.2e-6 * M * N * config.splits
+        return max(time, (N * K + M * K + 2 * M * N) / 2.9e6)
+
+    choices = [c for c in prefill_candidates(M, N, K) if split or c.splits == 1]
+    return min(choices, key=cost_us)
+
+
+@cache
+def table(gpu: str) -> dict[str, Any]:
+    """The tuned configurations of a GPU by "N,K"; empty if it has none."""
+    path = TABLES / f"{gpu.replace(' ', '_')}.json"
+    if not path.exists():
+        return {}
+    shapes: dict[str, Any] = json.loads(path.read_text())["shapes"]
+    return shapes
+
+
+def nearest(entries: dict[str, Any], M: int) -> Any:
+    """The entry of the nearest number of rows, by ratio."""
+    return entries[min(entries, key=lambda rows: abs(math.log(int(rows) / M)))]
+
+
+@cache
+def device_of(index: int) -> tuple[str, int]:
+    """Name and number of SMs of a GPU."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.name, properties.multi_processor_count
+
+
+@cache
+def decode_config(
+    M: int, N: int, K: int, linear: bool, invariant: bool, index: int
+) -> DecodeConfig:
+    """linear: from activations, which may be quantized inside. M <= 64."""
+    gpu, sms = device_of(index)
+    entry = table(gpu).get(f"{N},{K}", {}).get("decode")
+    splits = 1 if invariant else entry["splits"] if entry else default_splits(N, K, sms)
+    if entry and not invariant:
+        found = nearest(entry["linear" if linear else "gemm"], M)
+        config = DecodeConfig(tokens(M), splits=splits, **found)
+        NK = ceil_div(K, 128)
+        room = decode_stages(config, NK, SHARED_BYTES)
+        if room >= config.stages:
+            return config
+    fused = linear and worth_fusing(M, K, splits)
+    return default_decode(M, N, K, splits, fused, sms)
+
+
+@cache
+def prefill_config(M: int, N: int, K: int, invariant: bool, index: int) -> PrefillConfig:
+    """M > 64."""
+    gpu, sms = device_of(index)
+    entry = table(gpu).get(f"{N},{K}", {}).get("prefill")
+    if entry and not invariant:
+        return PrefillConfig(**nearest(entry, M))
+    return default_prefill(M, N, K, sms, split=not invariant)

@@ -1,0 +1,31 @@
+"""Counters of the parts of a sum over K that are done: zero before a launch and after it."""
+
+from __future__ import annotations
+
+import torch
+
+_GRAPH = -1
+_counters: dict[tuple[int, int, int], torch.Tensor] = {}
+
+
+def counters(w: torch.Tensor, count: int) -> torch.Tensor:
+    """int32 zeros [>= count] for products with the weight w on the current stream.
+
+    Launches that share counters must not overlap. Those of one weight on one stream do not, nor
+    do those of captured graphs, which share a set per weight: a model runs one graph at a time.
+    A capture takes zeros that were there before it; the first use of a weight, outside of one,
+    makes them. Without, the capture records their clearing.
+    """
+    capturing = torch.cuda.is_current_stream_capturing()
+    size = 1 << max(count - 1, 63).bit_length()
+    stream = _GRAPH if capturing else torch.cuda.current_stream(w.device).cuda_stream
+    key = (w.data_ptr(), size, stream)
+    found = _counters.get(key)
+    if found is None:
+        found = torch.zeros(size, dtype=torch.int32, device=w.device)
+        if not capturing:
+            _counters[key] = found
+            graph = (w.data_ptr(), size, _GRAPH)
+            if graph not in _counters:
+                _counters[graph] = torch.zeros_like(found)
+    return found

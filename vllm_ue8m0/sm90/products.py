@@ -1,0 +1,140 @@
+"""Dense products: which kernel multiplies what, and launching it.
+
+M <= 64      decode_gemm; `linear` quantizes inside it where that is faster (hopper_config)
+M > 64       prefill_gemm
+otherwise    portable's kernels: see `refusal`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .. import portable
+from ..dispatch import batch_invariant
+from ..formats import BLOCK, SF_FLOOR
+from ..kernels import decode_gemm, prefill_gemm
+from ..kernels.hopper import column_major
+from ..kernels.hopper_config import (
+    MAX_DECODE_ROWS,
+    DecodeConfig,
+    PrefillConfig,
+    decode_config,
+    device_of,
+    prefill_config,
+)
+from ..layouts import ceil_div, to_layout
+from ..portable.quant import kernel_scale, unit_stride
+from .counters import counters
+
+E4M3 = torch.float8_e4m3fn
+# The layout of activation scales that needs no conversion here.
+GEMM_SCALE_LAYOUT = "mn_major"
+
+
+def gemm(
+    a: torch.Tensor,
+    a_s: torch.Tensor | None,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: Sequence[int],
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """a [M, K] times w [N, K]^T; see reference.gemm."""
+    a, w = unit_stride(a), unit_stride(w)
+    if a_s is None or refusal(a, w, gran) is not None:
+        return portable.gemm(a, a_s, w, sf, c, bias, gran, out_dtype)
+    out = torch.empty(a.shape[0], w.shape[0], dtype=out_dtype, device=a.device)
+    if out.numel():
+        _launch(a, kernel_scale(a_s), w, unit_stride(kernel_scale(sf)), c, bias, out)
+    return out
+
+
+def linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: Sequence[int],
+    activation_scale: str,
+) -> torch.Tensor:
+    """Quantize x [M, K] as activation_scale says, times w^T -> [M, N] in x's dtype."""
+    x, w = unit_stride(x), unit_stride(w)
+    if activation_scale == "none" or refusal(x, w, gran) is not None:
+        return portable.linear(x, w, sf, c, bias, gran, activation_scale)
+    out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    ue8m0, scale = activation_scale == "ue8m0", unit_stride(kernel_scale(sf))
+    config = _config(x.shape[0], x.shape[1], w.shape[0], True, x.device)
+    if isinstance(config, DecodeConfig) and config.fused:
+        _decode(x, None, w, scale, c, bias, out, config, ue8m0)
+    else:
+        a, a_s = portable.act_quant(x, BLOCK, ue8m0, layout=GEMM_SCALE_LAYOUT)
+        _launch(a, a_s, w, scale, c, bias, out, linear=True)
+    return out
+
+
+def refusal(a: torch.Tensor, w: torch.Tensor, gran: Sequence[int]) -> str | None:
+    """Why the sm_90 kernels do not multiply these, or None. The last strides are 1."""
+    if (gran[0], gran[1]) != (BLOCK, BLOCK):
+        return f"scale blocks of {gran[0]}x{gran[1]}, not {BLOCK}x{BLOCK}"
+    codes = [("w", w)] if a.dtype != E4M3 else [("a", a), ("w", w)]
+    for name, matrix in codes:
+        # The copy engine reads rows that start at multiples of 16 bytes.
+        if matrix.data_ptr() % 16 or matrix.stride(0) % 16:
+            return f"rows of {name} do not start at multiples of 16 bytes"
+    return None
+
+
+def describe(op: str, M: int, N: int, K: int) -> str:
+    """The kernel and configuration of an operator on the current GPU, for people."""
+    config = _config(M, K, N, op == "linear", torch.device("cuda", torch.cuda.current_device()))
+    if isinstance(config, DecodeConfig):
+        name = "sm90 decode_gemm"
+        sizes = f"{config.block_n}x{config.tokens}, {config.programs} programs"
+        before = "" if op == "gemm" else ", fused" if config.fused else ", act_quant before"
+    else:
+        name, sizes = "sm90 prefill_gemm", f"{config.block_m}x{config.block_n}"
+        before = "" if op == "gemm" else ", act_quant before"
+    return f"{name} {sizes}, {config.stages} stages, splits {config.splits}{before}"
+
+
+def _config(
+    M: int, K: int, N: int, linear: bool, device: torch.device
+) -> DecodeConfig | PrefillConfig:
+    index = device.index or 0
+    if M <= MAX_DECODE_ROWS:
+        return decode_config(M, N, K, linear, batch_invariant(), index)
+    return prefill_config(M, N, K, batch_invariant(), index)
+
+
+def _launch(
+    a: torch.Tensor, a_s: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, c: torch.Tensor | None,
+    bias: torch.Tensor | None, out: torch.Tensor, linear: bool = False,
+) -> None:  # fmt: skip
+    (M, K), N = a.shape, w.shape[0]
+    config = _config(M, K, N, linear, a.device)
+    if isinstance(config, DecodeConfig):
+        _decode(a, a_s, w, sf, c, bias, out, config, True)
+        return
+    if not column_major(a_s):
+        a_s = to_layout(a_s, GEMM_SCALE_LAYOUT)
+    tiles = ceil_div(M, config.block_m) * ceil_div(N, config.block_n)
+    count = counters(w, 2 * tiles) if config.splits > 1 else None
+    _, sms = device_of(a.device.index or 0)
+    prefill_gemm.launch(a, a_s, w, sf, c, bias, out, config, count, sms)
+
+
+def _decode(
+    a: torch.Tensor, a_s: torch.Tensor | None, w: torch.Tensor, sf: torch.Tensor,
+    c: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor, config: DecodeConfig,
+    ue8m0: bool,
+) -> None:  # fmt: skip
+    tiles = ceil_div(w.shape[0], config.block_n)
+    count = counters(w, tiles) if config.splits > 1 else None
+    decode_gemm.launch(a, a_s, w, sf, c, bias, out, config, count, ue8m0, SF_FLOOR)
