@@ -1,4 +1,4 @@
-"""The sm_90 products: float64, integers, each other's bits, and every edge. Needs an H100 or H200."""
+"""The sm_90 products: float64, integers, each other's bits, every edge. Needs an H100 or H200."""
 
 import golden
 import numpy as np
@@ -161,10 +161,8 @@ def test_fused_quantization_of_special_values():
     """Every bf16 amax, Inf and NaN: the codes and scales of act_quant."""
     patterns = torch.arange(2**16, device="cuda").to(torch.int32).to(torch.int16).view(BF16)
     _, _, w, sf = operands(1, 64, 256)
-    w[:] = (
-        torch.eye(64, 256, device="cuda").to(E4M3)
-        + torch.eye(64, 256, device="cuda").roll(128, 1).to(E4M3).float()
-    )
+    one = torch.eye(64, 256, device="cuda")
+    w.copy_((one + one.roll(128, 1)).to(E4M3))
     sf[:] = 127
     for part in patterns.view(-1, 32).split(64)[::8]:
         x = torch.zeros(len(part), 256, device="cuda", dtype=BF16)
@@ -180,9 +178,9 @@ def test_fused_quantization_of_special_values():
 def test_scale_and_output_dtypes(M, a_dtype, w_dtype, out_dtype):
     a, a_s, w, sf = operands(M, 200, 1040, a_dtype, w_dtype)
     if a_s.dtype == U8:
-        a_s -= 12  # keeps the results within float16
+        a_s -= 15  # keeps the results within float16
     else:
-        a_s *= 2.0**-12
+        a_s *= 2.0**-15
     c = torch.rand(2, device="cuda") + 1
     bias = (torch.randn(200, device="cuda") * 100).to(out_dtype)
     a64, w64 = golden.dequantize(a, a_s, (1, 128)), golden.dequantize(w, sf, GRAN)
