@@ -20,9 +20,9 @@ U8, F32, BF16 = torch.uint8, torch.float32, torch.bfloat16
 GRAN = (128, 128)
 # Last blocks of K that are whole or not, odd and even numbers of them, N in and out of tiles.
 SHAPES = [(192, 192), (70, 304), (129, 1040), (576, 640), (2112, 1408)]
-DECODE = [  # block_n, stages, splits, programs
-    (64, 1, 1, 132), (64, 3, 1, 7), (128, 2, 1, 132), (64, 2, 2, 12), (64, 4, 4, 264),
-    (128, 2, 3, 30),
+DECODE = [  # block_n, stages, splits, programs, warps
+    (64, 1, 1, 132, 4), (64, 3, 1, 7, 4), (128, 2, 1, 132, 8), (64, 2, 1, 12, 8), (64, 2, 2, 12, 4),
+    (64, 4, 4, 264, 8), (128, 2, 3, 30, 8),
 ]  # fmt: skip
 PREFILL = [  # block_m, block_n, stages, splits
     (256, 128, 4, 1), (256, 128, 3, 1), (128, 128, 6, 1), (256, 64, 5, 1), (128, 64, 8, 1),
@@ -60,7 +60,10 @@ def decode(a, a_s, w, sf, config, out_dtype=F32, c=None, bias=None, ue8m0=True):
     from vllm_ue8m0.sm90.counters import counters
 
     M, N = a.shape[0], w.shape[0]
-    config = DecodeConfig(tokens(M), *config, fused=a_s is None)
+    block_n, stages, splits, programs, warps = config
+    warps = warps if M > 8 else block_n // 16  # a warpgroup needs 8 tokens
+    fused = a_s is None
+    config = DecodeConfig(tokens(M), block_n, stages, splits, programs, fused, warps)
     out = torch.empty(M, N, dtype=out_dtype, device="cuda")
     decode_gemm.launch(a, a_s, w, sf, c, bias, out, config, counters(w, N), ue8m0, 105)
     return out
@@ -151,7 +154,7 @@ def test_linear_is_quantization_and_product(sm90, M, dtype, kind):
     wanted = sm90.gemm(a, a_s, w, sf, None, bias, GRAN, dtype)
     assert same_bits(sm90.linear(x, w, sf, None, bias, GRAN, kind), wanted)
     if M <= 64:
-        for config in ((64, 2, 1, 132), (128, 1, 1, 1), (64, 2, 3, 9)):
+        for config in ((64, 2, 1, 132, 4), (128, 1, 1, 1, 8), (64, 2, 3, 9, 8)):
             unfused = decode(a, a_s, w, sf, config, dtype, bias=bias)
             fused = decode(x, None, w, sf, config, dtype, bias=bias, ue8m0=kind == "ue8m0")
             assert same_bits(fused, unfused), config
@@ -168,8 +171,8 @@ def test_fused_quantization_of_special_values():
         x = torch.zeros(len(part), 256, device="cuda", dtype=BF16)
         x[:, :32] = part
         a, a_s = portable.act_quant(x, 128, True)
-        wanted = decode(a, a_s, w, sf, (64, 1, 1, 132))
-        assert same_bits(decode(x, None, w, sf, (64, 1, 1, 132)), wanted)
+        wanted = decode(a, a_s, w, sf, (64, 1, 1, 132, 4))
+        assert same_bits(decode(x, None, w, sf, (64, 1, 1, 132, 4)), wanted)
 
 
 @pytest.mark.parametrize("out_dtype", [BF16, torch.float16, F32])

@@ -36,6 +36,7 @@ class DecodeConfig:
     splits: int
     programs: int
     fused: bool = False
+    warps: int = 4  # a multiple of block_n / 16
 
     def blocks(self, NK: int) -> int:
         """A power of two, at least the blocks of K of any part."""

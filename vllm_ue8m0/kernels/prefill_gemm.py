@@ -93,6 +93,7 @@ def _copy(
         column = (first + i) * 128
         copy_to_shared(w_desc, [n * BLOCK_N, column], ready.index(i), w_smem.index(i))
     wait_for_inputs()
+    start_dependents()
     stage, phase, done = 0, 1, 0
     for unit in range(gl.program_id(0), tiles_m * tiles_n * SPLITS, gl.num_programs(0)):
         m, n, split = _unit(unit, tiles_m, tiles_n, GROUP_M, SPLITS)
@@ -243,7 +244,6 @@ def _prefill_gemm_kernel(
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    start_dependents()
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_n = gl.cdiv(N, BLOCK_N)
     # A loop over K that may not run at all spills accumulators.
