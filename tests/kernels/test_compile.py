@@ -3,14 +3,10 @@
 A process of its own, because triton's interpreter replaces the language when it is imported.
 """
 
-import os
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
+from offline_compiler import compile_and_print, number, report, target
 
 BYTES, CODES, F32, BF16, I32, I64 = "*u8", "*fp8e4nv", "*fp32", "*bf16", "*i32", "*i64"
 # Every value of these is a multiple of 16 where it matters: 16-byte accesses.
@@ -18,25 +14,15 @@ ALIGNED = ("N", "K", "stride_am", "stride_wn", "stride_we", "stride_xm", "stride
 ALIGNED += ("stride_xe", "stride_e")
 
 
-def report(capability):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    run = subprocess.run(
-        [sys.executable, __file__, str(capability)], env=env, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return dict(line.split(": ", 1) for line in run.stdout.splitlines())
-
-
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
 def test_quantization_compiles(capability):
-    lines = report(capability)
+    lines = report(__file__, capability)
     kernels = {name: line for name, line in lines.items() if "quant" in name or "silu" in name}
     assert len(kernels) == 11
     for name, line in kernels.items():
         # By Triton 3.6; the first with 4 warps, and faster all the same.
         few = {"weight_quant fp32": 256, "rms_norm_quant fp32": 8}.get(name, 0)
-        assert int(re.search(r"spilled (\d+) ", line)[1]) <= few, f"{name}: {line}"
+        assert number(line, "bytes spilled") <= few, f"{name}: {line}"
         if name in ("act_quant ue8m0", "silu_mul_quant", "rms_norm_quant"):
             assert "ld.global.v4.b32" in line and "st.global.v4.b32" in line  # 16 bytes each
         if "_quant" in name and capability >= 89:
@@ -47,30 +33,23 @@ def test_quantization_compiles(capability):
 
 @pytest.mark.parametrize("capability", [89, 90])
 def test_products_compile(capability):
-    lines = report(capability)
+    lines = report(__file__, capability)
     for rows in (16, 1024):
         instruction = "m16n8k32.row.col.f32.e4m3" if capability == 89 else "m64n128k32.f32.e4m3"
         if (capability, rows) != (90, 16):  # too few rows for wgmma: fp16 operands, as exact
             assert instruction in lines[f"gemm {rows}"]
-        assert "spilled 0 " in lines[f"gemm {rows}"]
+        assert number(lines[f"gemm {rows}"], "bytes spilled") == 0
     assert "gemm bf16" in lines and "grouped_gemm" in lines
 
 
-_INSTRUCTIONS = r"""
-    wgmma\.mma_async\S+ | mma\.sync\S+ | cvt\.rn\.satfinite\.e4m3x2\.f32 | griddepcontrol\.wait
-  | (?:ld|st)\.global(?:\.\w+)*\.v4\.b32
-"""
-
-
 class Compiler:
-    """Compiles one kernel at a time and prints "name: spilled BYTES, instructions of interest"."""
+    """Compiles one kernel at a time and prints what became of it."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
+        self.target = target(capability)
 
     def build(self, name, kernel, pointers, constants, **options):
-        import triton
-        from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
         signature, attributes = {}, {}
@@ -84,24 +63,7 @@ class Compiler:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         constants = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
         source = ASTSource(kernel, signature, constants, attributes)
-        target = GPUTarget("cuda", self.capability, 32)
-        # target_info asks the active driver, which a machine without a GPU does not have.
-        driver = type("Driver", (), {"get_current_target": staticmethod(lambda: target)})
-        triton.runtime.driver.set_active(driver())
-        compiled = triton.compile(source, target=target, options=options)
-        tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(compiled.asm["cubin"])
-            cubin.flush()
-            command = [tools / "cuobjdump", "-res-usage", cubin.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        ptx = compiled.asm["ptx"]
-        used = set(re.findall(_INSTRUCTIONS, ptx, re.VERBOSE))
-        used = {re.sub(r"global\S*\.v4", "global.v4", instruction) for instruction in used}
-        spilled = re.search(r"STACK:(\d+)", usage).group(1)
-        registers = re.search(r"REG:(\d+)", usage).group(1)
-        text = f"spilled {spilled} bytes, {registers} registers, {' '.join(sorted(used))}"
-        print(f"{name}: {text}", flush=True)
+        compile_and_print(name, source, self.target, options)
 
 
 def compile_quantization(build, capability: int) -> None:

@@ -1,0 +1,233 @@
+"""The Gluon kernels compile for sm_90 as they are launched; see test_compile.py.
+
+What is compiled is what `launch` passes for tensors without memory.
+"""
+
+import sys
+from bisect import bisect_left
+from functools import cache
+
+import pytest
+from offline_compiler import compile_and_print, number, report, target
+
+SHARED_BYTES = 227 * 1024
+# Block of rows of a, of w, stages, parts of K; N, K, scales, results, c and bias.
+PREFILL = (
+    (256, 128, 4, 1, 7168, 2048, "u8", "bf16", False),
+    (256, 128, 4, 1, 7168, 2048, "f32", "bf16", False),
+    (256, 128, 4, 1, 7168, 2048, "u8", "f32", True),
+    (128, 128, 6, 1, 7168, 2048, "u8", "bf16", True),
+    (128, 128, 6, 1, 7168, 2048, "f32", "bf16", False),
+    (128, 128, 6, 4, 7168, 2048, "u8", "f32", False),
+    (256, 64, 5, 1, 7168, 2048, "u8", "bf16", False),
+    (256, 64, 5, 1, 7164, 2048, "f32", "bf16", True),  # rows that the copy engine cannot write
+    (128, 64, 8, 1, 7168, 2048, "u8", "bf16", False),
+    (128, 64, 8, 2, 7168, 2048, "f32", "bf16", True),
+    (128, 32, 10, 1, 7168, 2048, "u8", "bf16", False),
+    (128, 32, 10, 8, 512, 7168, "f32", "f32", True),
+)
+# M, rows of w a tile, stages, parts of K, programs; N, K, scales, results, c and bias, fused.
+DECODE = (
+    (1, 64, 3, 1, 132, 7168, 2048, "u8", "bf16", False, True),
+    (1, 64, 3, 4, 132, 7168, 2048, "f32", "bf16", True, True),
+    (8, 128, 3, 4, 132, 7168, 2048, "u8", "bf16", False, True),
+    (16, 64, 2, 4, 132, 7168, 2048, "f32", "bf16", False, True),
+    (32, 64, 2, 4, 132, 7168, 2048, "u8", "f32", True, True),
+    (64, 64, 2, 4, 132, 7168, 2048, "u8", "bf16", False, True),
+    (32, 128, 2, 4, 132, 7168, 2048, "f32", "bf16", False, True),
+    (1, 64, 5, 1, 132, 7168, 2048, "u8", "bf16", True, False),
+    (8, 128, 4, 4, 132, 7168, 2048, "f32", "bf16", False, False),
+    (16, 64, 4, 1, 132, 7168, 2048, "f32", "f32", True, False),
+    (16, 64, 4, 4, 132, 7168, 2048, "u8", "bf16", False, False),
+    (32, 64, 4, 4, 132, 7168, 2048, "f32", "bf16", True, False),
+    (32, 128, 3, 1, 132, 7168, 2048, "u8", "bf16", False, False),
+    (64, 64, 3, 1, 132, 7168, 256, "u8", "bf16", False, False),  # stages used once
+    (64, 64, 3, 4, 132, 7168, 2048, "f32", "bf16", True, False),
+    (64, 128, 2, 4, 132, 7168, 2048, "u8", "f32", False, False),
+)
+FULLEST = 4  # of the configurations by rules, those with the most shared memory
+ROWS = (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
+
+
+def configurations():
+    """(M, N, K, scales, linear, configuration) of DeepSeek-V3's products, as chosen by rules."""
+    from vllm_ue8m0.bench.gemm import SHAPES
+    from vllm_ue8m0.kernels import hopper_config as rules
+
+    for N, K in SHAPES:
+        for M in ROWS:
+            for linear in (False, True):
+                if M > rules.MAX_DECODE_ROWS:
+                    for splits in (False, True):
+                        yield M, N, K, linear, rules.default_prefill(M, N, K, 132, splits)
+                    continue
+                for splits in {1, rules.default_splits(N, K, 132)}:
+                    fused = linear and rules.worth_fusing(M, K, splits)
+                    config = rules.default_decode(M, N, K, splits, fused, 132)
+                    yield M, N, K, linear, config
+
+
+@cache
+def compiled(kernel):
+    return report(__file__, kernel)
+
+
+@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+def test_sm90_products_compile(kernel):
+    lines = compiled(kernel)
+    assert len(lines) == (len(DECODE) + FULLEST if kernel == "decode" else len(PREFILL))
+    for name, line in lines.items():
+        assert number(line, "bytes spilled") == 0, f"{name}: {line}"
+        assert number(line, "shared") <= SHARED_BYTES, f"{name}: {line}"
+        rows = name.split()[1]  # columns of the tensor cores' result
+        assert f"wgmma.mma_async.sync.aligned.m64n{rows}k32.f32.e4m3.e4m3" in line, name
+        assert "cp.async.bulk.tensor" in line, name
+        assert "griddepcontrol.wait" in line, name
+        assert "griddepcontrol.launch_dependents" in line, name
+        quantizes = "activations" in name
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in line) == quantizes, name
+
+
+@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+def test_estimates_of_shared_memory_hold(kernel):
+    """So that every configuration whose estimate fits does fit."""
+    for name, line in compiled(kernel).items():
+        least, estimate = number(line, "shared"), int(name.rpartition(" ")[2])
+        assert least <= estimate <= least + 20 * 1024, f"{name}: {line}"
+
+
+def test_default_configurations_fit():
+    from vllm_ue8m0.kernels import hopper_config as rules
+
+    for M, N, K, _, config in configurations():
+        assert config.stages >= 1
+        if isinstance(config, rules.DecodeConfig):
+            NK = -(-K // 128)
+            most = rules.decode_stages(config, NK, SHARED_BYTES)
+            assert config.stages <= most, (M, N, K, config)
+        else:
+            assert ring(config, 4) + 1024 <= SHARED_BYTES
+
+
+def ring(config, scale_bytes):
+    a_block = config.block_m * (128 + scale_bytes)
+    return config.stages * (a_block + config.block_n * 128)
+
+
+class Launches:
+    """In place of a kernel: compiles what it is launched with."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel, self.target = kernel, target(90)
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *arguments, **keywords):
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        names = self.kernel.arg_names
+        options = {k: keywords.pop(k) for k in tuple(keywords) if k not in names}
+        values = dict(zip(names, arguments, strict=False)) | keywords
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(self.kernel.params):
+            value = values[parameter.name]
+            kind, divisible = self.describe(value)
+            if parameter.is_constexpr or value is None:
+                kind, constants[(i,)] = "constexpr", value
+            elif not parameter.do_not_specialize and kind == "i32" and value == 1:
+                kind, constants[(i,)] = "constexpr", 1
+            if divisible and kind != "constexpr" and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = kind
+        source = GluonASTSource(self.kernel, signature, constants, attributes)
+        compile_and_print(self.name, source, self.target, options)
+
+    @staticmethod
+    def describe(value):
+        """Triton's type, and whether it is known to be a multiple of 16."""
+        import torch
+
+        names = {
+            torch.uint8: "u8",
+            torch.float32: "fp32",
+            torch.bfloat16: "bf16",
+            torch.int32: "i32",
+            torch.float8_e4m3fn: "fp8e4nv",
+        }
+        if value is None or isinstance(value, bool):
+            return "constexpr", False
+        if isinstance(value, int):
+            return "i32", value % 16 == 0
+        if isinstance(value, torch.Tensor):
+            return f"*{names[value.dtype]}", True
+        block = ", ".join(map(str, value.block_shape))
+        return f"tensordesc<{names[value.base.dtype]}[{block}],{value.layout!r}>", False
+
+
+def empty(*shape, dtype="f32"):
+    import torch
+
+    dtypes = {"u8": torch.uint8, "f32": torch.float32, "bf16": torch.bfloat16}
+    dtypes |= {"i32": torch.int32, "e4m3": torch.float8_e4m3fn}
+    return torch.empty(*shape, dtype=dtypes[dtype], device="meta")
+
+
+def operands(M, N, K, scale, result, epilogue):
+    groups = -(-K // 128)
+    a_s = empty(groups, -(-M // 16) * 16, dtype=scale).mT[:M]
+    sf = empty(-(-N // 128), groups, dtype=scale)
+    c, bias = (empty(len(sf)), empty(N, dtype="bf16")) if epilogue else (None, None)
+    a, w = empty(M, K, dtype="e4m3"), empty(N, K, dtype="e4m3")
+    return a, a_s, w, sf, c, bias, empty(M, N, dtype=result)
+
+
+def compile_prefill() -> None:
+    from vllm_ue8m0.kernels import prefill_gemm
+    from vllm_ue8m0.kernels.hopper_config import PrefillConfig
+
+    launches = prefill_gemm._prefill_gemm_kernel = Launches(prefill_gemm._prefill_gemm_kernel)
+    cases = [(512, *case[4:], PrefillConfig(*case[:4])) for case in PREFILL]
+    for M, *sizes, config in cases:
+        tensors = operands(M, *sizes)
+        tile = 2 * 64 * config.block_n * 2 if sizes[3] == "bf16" and sizes[0] % 8 == 0 else 0
+        estimate = ring(config, tensors[1].element_size()) + 1024
+        estimate += tile if estimate + tile <= SHARED_BYTES else 0
+        launches.name = f"prefill {config.block_n} {M} {sizes} {config} {estimate}"
+        prefill_gemm.launch(*tensors, config, empty(1 << 16, dtype="i32"), 132)
+
+
+def compile_decode() -> None:
+    from vllm_ue8m0.kernels import decode_gemm
+    from vllm_ue8m0.kernels.hopper_config import DecodeConfig, tokens
+
+    launches = decode_gemm._decode_gemm_kernel = Launches(decode_gemm._decode_gemm_kernel)
+    cases = []
+    for M, block_n, stages, splits, programs, *sizes, fused in DECODE:
+        config = DecodeConfig(tokens(M), block_n, stages, splits, programs, fused)
+        cases.append((M, *sizes, config))
+    defaults = (case for case in configurations() if isinstance(case[4], DecodeConfig))
+    chosen = {case[4]: (*case[:3], "u8", "bf16", False, case[4]) for case in defaults}
+    fullest = sorted(chosen.values(), key=lambda case: estimated(case[-1], case[2]))
+    for M, *sizes, config in cases + fullest[-FULLEST:]:
+        a, a_s, w, sf, c, bias, out = operands(M, *sizes)
+        if config.fused:
+            a, a_s = empty(M, sizes[1], dtype="bf16"), None
+        kind = "activations" if config.fused else "codes"
+        estimate = estimated(config, sizes[1])
+        launches.name = f"decode {config.tokens} {M} {kind} {sizes} {config} {estimate}"
+        decode_gemm.launch(
+            a, a_s, w, sf, c, bias, out, config, empty(1 << 16, dtype="i32"), sizes[2] == "u8", 105
+        )
+
+
+def estimated(config, K):
+    """Shared memory as hopper_config.decode_stages counts it."""
+    from vllm_ue8m0.kernels.hopper_config import decode_stages
+
+    NK, budgets = -(-K // 128), range(1 << 20)
+    return bisect_left(budgets, config.stages, key=lambda b: decode_stages(config, NK, b))
+
+
+if __name__ == "__main__":
+    {"decode": compile_decode, "prefill": compile_prefill}[sys.argv[1]]()
