@@ -1,0 +1,175 @@
+"""The rules that choose configurations of the sm_90 products, for every size a layer may have."""
+
+import inspect
+
+import pytest
+import torch
+
+from vllm_ue8m0 import dispatch
+from vllm_ue8m0.bench.gemm import SHAPES
+from vllm_ue8m0.kernels import hopper_config as rules
+from vllm_ue8m0.layouts import ceil_div
+from vllm_ue8m0.sm90 import counters, products
+
+SMS = 132
+ODD_SHAPES = ((16, 16), (1, 128), (130, 144), (1000, 1040), (64, 131072), (262144, 128))
+SIZES = SHAPES + ODD_SHAPES
+ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64)
+MANY_ROWS = (65, 127, 128, 129, 300, 1024, 1025, 2048, 8192, 65537)
+
+
+@pytest.fixture(autouse=True)
+def h100(monkeypatch):
+    """Rules for an H100 without a table."""
+    monkeypatch.setattr(rules, "device_of", lambda index: ("a GPU without a table", SMS))
+    for cached in (rules.decode_config, rules.prefill_config):
+        cached.cache_clear()
+    yield
+    for cached in (rules.decode_config, rules.prefill_config):
+        cached.cache_clear()
+
+
+def parts(K, splits):
+    """Pairs of blocks of K in each part, as the kernels divide them."""
+    pairs = ceil_div(ceil_div(K, 128), 2)
+    return [(i + 1) * pairs // splits - i * pairs // splits for i in range(splits)]
+
+
+@pytest.mark.parametrize(("N", "K"), SIZES)
+@pytest.mark.parametrize("linear", [False, True])
+def test_few_rows(N, K, linear):
+    NK, splits_of_rows = ceil_div(K, 128), set()
+    for M in ROWS:
+        config = rules.decode_config(M, N, K, linear, False, 0)
+        splits_of_rows.add(config.splits)
+        assert config.tokens in (8, 16, 32, 64) and config.tokens >= M
+        assert config.tokens == 8 or config.tokens < 2 * M
+        assert 1 <= config.stages <= rules.decode_stages(config, NK, rules.SHARED_BYTES)
+        assert config.programs >= config.splits and config.programs % config.splits == 0
+        tiles = ceil_div(N, config.block_n)
+        assert config.programs <= min(2 * SMS, tiles * config.splits)
+        assert min(parts(K, config.splits)) >= 1
+        blocks = config.blocks(NK)
+        assert blocks & (blocks - 1) == 0 and blocks >= 2 * max(parts(K, config.splits))
+        assert linear or not config.fused
+    # A row's result does not depend on M.
+    assert splits_of_rows == {rules.default_splits(N, K, SMS)}
+
+
+def test_splits_know_nothing_of_rows():
+    assert list(inspect.signature(rules.default_splits).parameters) == ["N", "K", "sms"]
+
+
+def test_splits_fill_the_gpu_and_no_more():
+    for N, K in SIZES:
+        splits, tiles = rules.default_splits(N, K, SMS), ceil_div(N, 64)
+        assert splits == 1 or (tiles < SMS // 2 and tiles * splits < 2 * SMS)
+    assert rules.default_splits(4608, 7168, SMS) == 1  # 72 tiles
+    assert rules.default_splits(2112, 7168, SMS) == 4
+    assert rules.default_splits(512, 128, SMS) == 1  # nothing to divide
+
+
+def test_two_programs_share_an_sm_where_they_fit():
+    """The next kernel's first weights come while this one ends."""
+    for N, K in SHAPES:
+        config = rules.decode_config(16, N, K, False, False, 0)
+        room = rules.decode_stages(config, ceil_div(K, 128), rules.HALF_SHARED_BYTES)
+        assert config.stages <= room, (N, K, config)
+
+
+@pytest.mark.parametrize(("N", "K"), SIZES)
+def test_batch_invariant_runs_divide_nothing(N, K):
+    for M in ROWS:
+        for linear in (False, True):
+            assert rules.decode_config(M, N, K, linear, True, 0).splits == 1
+    for M in MANY_ROWS:
+        assert rules.prefill_config(M, N, K, True, 0).splits == 1
+
+
+@pytest.mark.parametrize(("N", "K"), SIZES)
+def test_many_rows(N, K):
+    for M in MANY_ROWS:
+        candidates = list(rules.prefill_candidates(M, N, K))
+        assert rules.prefill_config(M, N, K, False, 0) in candidates
+        assert {c.splits for c in candidates} >= {1}
+        for config in candidates:
+            # 128 rows walk the ring by two blocks; 256 rows keep two sums, of which parts have one.
+            assert config.block_m == 256 or config.stages % 2 == 0
+            assert config.block_m == 128 or config.splits == 1
+            assert min(parts(K, config.splits)) >= 1
+            float_scales = config.block_m * (128 + 4)
+            ring = config.stages * (float_scales + config.block_n * 128)
+            assert ring + 1024 <= rules.SHARED_BYTES
+
+
+def test_every_number_of_rows_has_one_kernel():
+    device = torch.device("cuda", 0)
+    for M in range(1, 200):
+        config = products._config(M, 7168, 4096, False, device)
+        few = isinstance(config, rules.DecodeConfig)
+        assert few == (M <= rules.MAX_DECODE_ROWS)
+        assert not few or config.tokens == rules.tokens(M) >= M
+
+
+def test_batch_invariance_is_vllms_variable(monkeypatch):
+    device = torch.device("cuda", 0)
+    for value, splits in (("0", 4), ("", 4), ("1", 1)):
+        monkeypatch.setenv("VLLM_BATCH_INVARIANT", value)
+        assert dispatch.batch_invariant() == (splits == 1)
+        assert products._config(16, 7168, 2112, True, device).splits == splits
+
+
+def codes(rows, columns, pitch=None, offset=0):
+    pitch = pitch or columns
+    memory = torch.zeros(offset + rows * pitch + 64, dtype=torch.uint8)
+    offset += -memory.data_ptr() % 16
+    memory = memory.view(products.E4M3)
+    return memory.as_strided((rows, columns), (pitch, 1), offset)
+
+
+def test_refusals():
+    a, w, gran = codes(4, 256), codes(128, 256), (128, 128)
+    assert products.refusal(a, w, gran) is None
+    assert "64x128, not 128x128" in products.refusal(a, w, (64, 128))
+    for name, odd in (("pitch", codes(128, 250)), ("offset", codes(128, 256, offset=8))):
+        assert "rows of w do not start" in products.refusal(a, odd, gran), name
+        assert "rows of a do not start" in products.refusal(odd, w, gran), name
+    assert products.refusal(codes(4, 250, pitch=256), codes(128, 250, pitch=272), gran) is None
+    # Activations, which the kernel reads by itself, may lie anywhere.
+    assert products.refusal(torch.zeros(4, 250), codes(128, 250, pitch=256), gran) is None
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    """A stand-in for CUDA's streams and captures: assign `number` and `capturing`."""
+    state = type("State", (), {"number": 7, "capturing": False})()
+    current = lambda device: type("Stream", (), {"cuda_stream": state.number})()  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(counters, "_counters", {})
+    return state
+
+
+def test_counters_are_shared_by_launches_that_cannot_overlap(stream):
+    w, other = codes(128, 128), codes(128, 128)
+    first = counters.counters(w, 70)
+    assert first.dtype == torch.int32 and len(first) == 128 and not first.any()
+    assert counters.counters(w, 128) is first
+    assert counters.counters(w, 129) is not first
+    assert counters.counters(other, 70) is not first
+    stream.number = 8
+    assert counters.counters(w, 70) is not first
+
+
+def test_captures_take_counters_made_before_them(stream):
+    w = codes(128, 128)
+    stream.capturing = True
+    recorded = counters.counters(w, 70)
+    assert counters.counters(w, 70) is not recorded  # belongs to the capture's memory
+    stream.capturing = False
+    eager = counters.counters(w, 70)
+    stream.capturing = True
+    captured = counters.counters(w, 70)
+    assert captured is not eager and counters.counters(w, 70) is captured
+    stream.number = 8
+    assert counters.counters(w, 70) is captured
