@@ -11,6 +11,8 @@ MAY_IMPORT = {
     # Peers are vLLM's kernels, timed beside ours; nothing that serves imports them.
     "vllm": {"plugin/compat.py", "bench/peers.py", "bench/gemm_peers.py"},
     "triton": {"portable/*", "kernels/*"},
+    # Backends are loaded by name.
+    "vllm_ue8m0.sm90": {"sm90/*"},
     "vllm_ue8m0.plugin": {"plugin/*"},
     "vllm_ue8m0.cli": set(),
     "vllm_ue8m0.bench": {"bench/*", "cli.py"},

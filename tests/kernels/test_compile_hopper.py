@@ -11,7 +11,8 @@ import pytest
 from offline_compiler import compile_and_print, number, report, target
 
 SHARED_BYTES = 227 * 1024
-# Block of rows of a, of w, stages, parts of K; N, K, scales, results, c and bias.
+# Block of rows of a, of w, stages, parts of K; N, K, scales (of a and w, or both), results, c and
+# bias.
 PREFILL = (
     (256, 128, 4, 1, 7168, 2048, "u8", "bf16", False),
     (256, 128, 4, 1, 7168, 2048, "f32", "bf16", False),
@@ -19,7 +20,7 @@ PREFILL = (
     (128, 128, 6, 1, 7168, 2048, "u8", "bf16", True),
     (128, 128, 6, 1, 7168, 2048, "f32", "bf16", False),
     (128, 128, 6, 4, 7168, 2048, "u8", "f32", False),
-    (256, 64, 5, 1, 7168, 2048, "u8", "bf16", False),
+    (256, 64, 5, 1, 7168, 2048, "u8 f32", "bf16", False),
     (256, 64, 5, 1, 7164, 2048, "f32", "bf16", True),  # rows that the copy engine cannot write
     (128, 64, 8, 1, 7168, 2048, "u8", "bf16", False),
     (128, 64, 8, 2, 7168, 2048, "f32", "bf16", True),
@@ -38,7 +39,7 @@ DECODE = (
     (1, 64, 5, 1, 132, 7168, 2048, "u8", "bf16", True, False),
     (8, 128, 4, 4, 132, 7168, 2048, "f32", "bf16", False, False),
     (16, 64, 4, 1, 132, 7168, 2048, "f32", "f32", True, False),
-    (16, 64, 4, 4, 132, 7168, 2048, "u8", "bf16", False, False),
+    (16, 64, 4, 4, 132, 7168, 2048, "f32 u8", "bf16", False, False),
     (32, 64, 4, 4, 132, 7168, 2048, "f32", "bf16", True, False),
     (32, 128, 3, 1, 132, 7168, 2048, "u8", "bf16", False, False),
     (64, 64, 3, 1, 132, 7168, 256, "u8", "bf16", False, False),  # stages used once
@@ -175,8 +176,9 @@ def empty(*shape, dtype="f32"):
 
 def operands(M, N, K, scale, result, epilogue):
     groups = -(-K // 128)
-    a_s = empty(groups, -(-M // 16) * 16, dtype=scale).mT[:M]
-    sf = empty(-(-N // 128), groups, dtype=scale)
+    scales = scale.split()
+    a_s = empty(groups, -(-M // 16) * 16, dtype=scales[0]).mT[:M]
+    sf = empty(-(-N // 128), groups, dtype=scales[-1])
     c, bias = (empty(len(sf)), empty(N, dtype="bf16")) if epilogue else (None, None)
     a, w = empty(M, K, dtype="e4m3"), empty(N, K, dtype="e4m3")
     return a, a_s, w, sf, c, bias, empty(M, N, dtype=result)
