@@ -12,7 +12,15 @@ from vllm_ue8m0.layouts import ceil_div
 from vllm_ue8m0.sm90 import counters, products
 
 SMS = 132
-ODD_SHAPES = ((16, 16), (1, 128), (130, 144), (1000, 1040), (64, 131072), (262144, 128))
+ODD_SHAPES = (
+    (16, 16),
+    (1, 128),
+    (130, 144),
+    (1000, 1040),
+    (64, 65536),
+    (262144, 65536),
+    (262144, 128),
+)
 SIZES = SHAPES + ODD_SHAPES
 ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64)
 MANY_ROWS = (65, 127, 128, 129, 300, 1024, 1025, 2048, 8192, 65537)
@@ -81,7 +89,9 @@ def test_two_programs_share_an_sm_where_they_fit():
 def test_batch_invariant_runs_divide_nothing(N, K):
     for M in ROWS:
         for linear in (False, True):
-            assert rules.decode_config(M, N, K, linear, True, 0).splits == 1
+            config = rules.decode_config(M, N, K, linear, True, 0)
+            room = rules.decode_stages(config, ceil_div(K, 128), rules.SHARED_BYTES)
+            assert config.splits == 1 and 1 <= config.stages <= room
     for M in MANY_ROWS:
         assert rules.prefill_config(M, N, K, True, 0).splits == 1
 
@@ -135,8 +145,13 @@ def test_refusals():
         assert "rows of w do not start" in products.refusal(a, odd, gran), name
         assert "rows of a do not start" in products.refusal(odd, w, gran), name
     assert products.refusal(codes(4, 250, pitch=256), codes(128, 250, pitch=272), gran) is None
-    # Activations, which the kernel reads by itself, may lie anywhere.
-    assert products.refusal(torch.zeros(4, 250), codes(128, 250, pitch=256), gran) is None
+    # Activations, which kernels read by themselves, may lie anywhere, but not their codes.
+    assert products.refusal(torch.zeros(4, 257)[:, 1:], w, gran) is None
+    assert "not a multiple of 16" in products.refusal(
+        torch.zeros(4, 250), codes(128, 250, pitch=256), gran
+    )
+    wide = codes(1, rules.MAX_K + 16)
+    assert "do not fit" in products.refusal(wide, wide, gran)
 
 
 @pytest.fixture

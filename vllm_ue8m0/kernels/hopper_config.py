@@ -20,6 +20,7 @@ import torch
 from ..layouts import ceil_div
 
 MAX_DECODE_ROWS = 64
+MAX_K = 65536  # of 64 tokens' scales beside one stage, where K is not divided
 TABLES = Path(__file__).parents[1] / "tuned"
 # Shared memory of a program: alone on an SM, and with a second one, so that the next kernel's
 # weights are on their way while this one ends.

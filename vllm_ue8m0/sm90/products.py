@@ -18,6 +18,7 @@ from ..kernels import decode_gemm, prefill_gemm
 from ..kernels.hopper import column_major
 from ..kernels.hopper_config import (
     MAX_DECODE_ROWS,
+    MAX_K,
     DecodeConfig,
     PrefillConfig,
     decode_config,
@@ -88,6 +89,11 @@ def refusal(a: torch.Tensor, w: torch.Tensor, gran: Sequence[int]) -> str | None
         # The copy engine reads rows that start at multiples of 16 bytes.
         if matrix.data_ptr() % 16 or matrix.stride(0) % 16:
             return f"rows of {name} do not start at multiples of 16 bytes"
+    K = w.shape[1]
+    if a.dtype != E4M3 and K % 16:  # rows of the codes that act_quant makes of them
+        return f"K is {K}, not a multiple of 16"
+    if K > MAX_K:
+        return f"K is {K}; the scales of more than {MAX_K} do not fit into shared memory"
     return None
 
 
