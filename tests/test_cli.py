@@ -134,6 +134,9 @@ def test_errors_are_one_line(
         ["bench", "gemm", "--shape", "7168,0"],
         ["bench", "gemm", "--shape", "7168,2048,1"],
         ["bench", "plot", "results.jsonl"],
+        ["tune", "7168,2048"],
+        ["tune", "--shape", "7168"],
+        ["tune", "--rounds", "0"],
     ],
 )
 def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,19 +184,16 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
             help="write one JSON record per line; FILE.jsonl.partial until the last is measured",
         )
         measured.add_argument("--plot", metavar="FILE.svg", help="draw: .svg, .png or .pdf")
-    gemm.add_argument(
-        "--shape",
-        nargs="+",
-        type=_shape,
-        default=[],
-        metavar="N,K",
-        help="weights to multiply by, e.g. 7168,2048, instead of DeepSeek-V3's",
-    )
+    _add_shapes(gemm, "weights to multiply by, e.g. 7168,2048, instead of DeepSeek-V3's")
     show = add("show", "print the table of recorded results; needs no GPU")
     plot = add("plot", "draw recorded results; needs no GPU")
     for recorded in (show, plot):
         recorded.add_argument("records", metavar="FILE.jsonl", help="what --out wrote")
     plot.add_argument("picture", metavar="FILE.svg", help=".svg, .png or .pdf")
+
+
+def _add_shapes(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--shape", nargs="+", type=_shape, default=[], metavar="N,K", help=text)
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -220,12 +217,30 @@ def _bench(options: Options) -> None:
         command.draw(options.records, options.picture)
 
 
+def _tune_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_shapes(parser, "weights to tune for, e.g. 7168,2048, instead of DeepSeek-V3's")
+    parser.add_argument(
+        "--out", metavar="FILE.json", help="write or amend this table, not the installed one"
+    )
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="how often each is timed")
+    parser.add_argument(
+        "--workers", type=_positive, metavar="N", help="compiling processes (default: 1 per core)"
+    )
+
+
+def _tune(options: Options) -> None:
+    from .bench import command
+
+    command.tune(options.shape, options.out, options.rounds, options.workers)
+
+
 Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[Options], int | None]]
 VERBS: dict[str, Verb] = {
     "inspect": ("say what a checkpoint holds and how it is served", _inspect_arguments, _inspect),
     "convert": ("write a checkpoint in another format", _convert_arguments, _convert),
     "verify": ("compare the values of two checkpoints", _verify_arguments, _verify),
     "bench": ("time the operators, show and plot results", _bench_arguments, _bench),
+    "tune": ("find the fastest products for this machine's GPU (sm_90)", _tune_arguments, _tune),
 }
 
 

@@ -1,11 +1,13 @@
-"""`bench quant --quick` and `bench gemm --quick`, for real."""
+"""`bench quant --quick`, `bench gemm --quick` and `tune`, for real."""
 
+import json
 from pathlib import Path
 from time import perf_counter
 
 import pytest
 import torch
 
+from vllm_ue8m0.bench.candidates import ROWS as TUNED
 from vllm_ue8m0.bench.records import read
 from vllm_ue8m0.bench.timing import ROUNDS, WARM_ROUNDS, CudaClock, Timing
 from vllm_ue8m0.cli import main
@@ -87,3 +89,19 @@ def test_outputs_of_a_rotation_are_different_memory():
     assert len(captured) == 20
     assert all(len(set(captured[i : i + 4])) == 4 for i in range(17))
     assert len(set(captured)) <= 5  # and no more memory than that
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9,
+    reason="the sm_90 products have tables",
+)
+def test_tune(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "table.json"
+    assert main(["tune", "--shape", "512,1024", "--rounds", "3", "--out", str(path)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{path}: 1 shapes\n") and "compiling " in captured.err
+    entry = json.loads(path.read_text())["shapes"]["512,1024"]
+    assert {op: tuple(map(int, entry["decode"][op])) for op in ("gemm", "linear")} == {
+        op: TUNED[op] for op in ("gemm", "linear")
+    }
+    assert tuple(map(int, entry["prefill"])) == TUNED["prefill"]

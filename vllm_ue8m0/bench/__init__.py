@@ -8,6 +8,8 @@ gemm.py      the products' cases, gemm_peers.py beside them
 run.py       a case -> a record: check first, then time; machine.py says where
 timing.py    how time is taken, the same for ours, peers and what bounds them: of quantizers a
              copy (limit.py), of products a roof (roof.py)
+tune.py      `vllm-ue8m0 tune`: the fastest configurations of the products, by the same clock, from
+             candidates.py, which also compiles them
 records.py   one JSON object per line; table.py and plot.py show them, without a GPU
 
 A new benchmark is a module of cases like quant.py. Importing this package loads no torch.

@@ -1,9 +1,10 @@
-"""What `vllm-ue8m0 bench ...` runs: measure, show, plot."""
+"""What `vllm-ue8m0 bench ...` and `tune` run: measure, show, plot."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,37 @@ def measure(
     print(table.render(measured))
     if picture is not None:
         plot.save(measured, picture)
+
+
+def tune(
+    shapes: Sequence[tuple[int, int]], out: str | None, rounds: int | None, workers: int | None
+) -> None:
+    """Tune the sm_90 products for shapes (N, K), DeepSeek-V3's if none; write or amend a table."""
+    from . import machine
+
+    machine.require_gpu("use a table of its GPU")
+    from .. import dispatch
+    from ..kernels.hopper_config import device_of, table_path
+    from . import tune
+    from .gemm import SHAPES
+    from .timing import CudaClock
+
+    (sm90,) = (backend for backend in dispatch.BACKENDS if backend.name == "sm90")
+    supported, reason = sm90.supports("gemm", "cuda", True)
+    if not supported:
+        raise BenchError(f"only the sm_90 products have tables: {reason}")
+    here = machine.describe()
+    read_from = table_path(here.gpu)
+    path = read_from if out is None else Path(out)
+    entries = tune.read(path, here.gpu)
+    _, sms = device_of(0)
+    clock = CudaClock(rounds or tune.ROUNDS)
+    for (N, K), entry in tune.tune(shapes or SHAPES, clock, sms, _say, workers):
+        entries[f"{N},{K}"] = entry
+        tune.write(path, here, entries)
+    print(f"{path}: {len(entries)} shapes")
+    if path != read_from:
+        print(f"It is read from {read_from}")
 
 
 def show(path: str) -> None:

@@ -20,14 +20,16 @@ class Machine:
     date: str
 
 
-def require_gpu() -> None:
-    """BenchError if there is no CUDA device to measure on."""
+SHOW = "show what was recorded there: `vllm-ue8m0 bench show FILE.jsonl`"
+
+
+def require_gpu(otherwise: str = SHOW) -> None:
+    """BenchError if there is no CUDA device to measure on; `otherwise`: what can be done then."""
     if not torch.cuda.is_available():
         kind = "a CPU build" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
         raise BenchError(
             f"no CUDA device (torch {torch.__version__} is {kind}); benchmarks measure a GPU. Run "
-            "this on a machine with one, or show what was recorded there: "
-            "`vllm-ue8m0 bench show FILE.jsonl`"
+            f"this on a machine with one, or {otherwise}"
         )
 
 

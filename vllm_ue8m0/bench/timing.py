@@ -100,9 +100,10 @@ class Graph:
 
 
 class CudaClock:
-    """Times candidates on the current CUDA device."""
+    """Times candidates on the current CUDA device; rounds: replays or launches of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, rounds: int = ROUNDS) -> None:
+        self._rounds = rounds
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         self.l2_bytes: int = properties.L2_cache_size
         self._cold = torch.zeros(2 * self.l2_bytes // 4, dtype=torch.float32, device="cuda")
@@ -143,7 +144,7 @@ class CudaClock:
         """Median microseconds of each candidate, divided by the calls that one makes."""
         rounds = [
             (name, self._time_cold(once, reads))
-            for _ in range(WARM_ROUNDS + ROUNDS)
+            for _ in range(WARM_ROUNDS + self._rounds)
             for name, once in candidates.items()
         ]
         torch.cuda.synchronize()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ TABLES = Path(__file__).parents[1] / "tuned"
 # Shared memory of a program: alone on an SM, and with a second one, so that the next kernel's
 # weights are on their way while this one ends.
 SHARED_BYTES, HALF_SHARED_BYTES = 227 * 1024, 113 * 1024
+MAX_STAGES = 7  # of decode_gemm: more have not been faster
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,41 @@ def worth_fusing(M: int, K: int, splits: int) -> bool:
     return part <= 20 if M <= 4 else M * part <= 100
 
 
+def splits_candidates(N: int, K: int, sms: int) -> list[int]:
+    """Parts of K that decode_gemm may be fastest with: each has two blocks, and SMs take them."""
+    NK, tiles = ceil_div(K, 128), ceil_div(N, 64)
+    return [s for s in (1, 2, 4, 8, 16) if s == 1 or (2 * s <= NK and tiles * s <= 4 * sms)]
+
+
+def decode_candidates(
+    M: int, N: int, K: int, splits: int, linear: bool, sms: int
+) -> list[DecodeConfig]:
+    """Configurations that may be fastest for up to 64 rows, the default ones first.
+
+    Two programs an SM with half of its shared memory each, or one with half or all of it.
+    """
+    NK = ceil_div(K, 128)
+    ways = (False, True) if linear and M <= 32 else (False,)
+    found = [default_decode(M, N, K, splits, fused, sms) for fused in ways]
+    for block_n in (64, 128):
+        tiles = ceil_div(N, block_n)
+        if block_n == 128 and tiles * splits < 90:
+            continue
+        for fused in ways:
+            for share, budget in (
+                (2, HALF_SHARED_BYTES),
+                (1, HALF_SHARED_BYTES),
+                (1, SHARED_BYTES),
+            ):
+                groups = min(tiles, share * sms // splits)
+                config = DecodeConfig(tokens(M), block_n, 1, splits, groups * splits, fused)
+                most = ceil_div(tiles, groups) * ceil_div(ceil_div(NK, 2), splits)
+                stages = min(decode_stages(config, NK, budget), MAX_STAGES, most)
+                if stages >= min(2, most):
+                    found.append(replace(config, stages=stages))
+    return list(dict.fromkeys(config for config in found if config.stages >= 1))
+
+
 # us of one block of 128 of K of a tile on an SM at about 1.5 GHz, from the sweep below.
 _BLOCK_US = {
     (256, 128): 0.91,
@@ -129,32 +165,38 @@ def prefill_candidates(M: int, N: int, K: int) -> Iterator[PrefillConfig]:
             yield PrefillConfig(block_m, block_n, stages, splits)
 
 
+def prefill_cost_us(config: PrefillConfig, M: int, N: int, K: int, sms: int) -> float:
+    """About what prefill_gemm takes: waves of tiles times blocks of K, or reading and writing."""
+    units = ceil_div(M, config.block_m) * ceil_div(N, config.block_n) * config.splits
+    block = _BLOCK_US[config.block_m, config.block_n]
+    if config.block_m == 128 and M > 2048:
+        block *= 1.15  # of twice the reads from L2
+    blocks = ceil_div(ceil_div(K, 128), config.splits)
+    time = ceil_div(units, sms) * (blocks * block + 1.15)
+    if config.splits > 1:
+        time += 3.0 + 1.2e-6 * M * N * config.splits
+    return max(time, (N * K + M * K + 2 * M * N) / 2.9e6)
+
+
 def default_prefill(M: int, N: int, K: int, sms: int, split: bool) -> PrefillConfig:
-    """The cheapest of prefill_candidates by waves of tiles times blocks of K.
+    """The cheapest of prefill_candidates.
 
     Within 1.5 % of the fastest on the average, 19 % at worst, over DeepSeek-V3's 14 shapes and
     M = 128 to 8192 (H100, 2026-11-23).
     """
-
-    def cost_us(config: PrefillConfig) -> float:
-        units = ceil_div(M, config.block_m) * ceil_div(N, config.block_n) * config.splits
-        block = _BLOCK_US[config.block_m, config.block_n]
-        if config.block_m == 128 and M > 2048:
-            block *= 1.15  # of twice the reads from L2
-        blocks = ceil_div(ceil_div(K, 128), config.splits)
-        time = ceil_div(units, sms) * (blocks * block + 1.15)
-        if config.splits > 1:
-            time += 3.0 + 1.2e-6 * M * N * config.splits
-        return max(time, (N * K + M * K + 2 * M * N) / 2.9e6)
-
     choices = [c for c in prefill_candidates(M, N, K) if split or c.splits == 1]
-    return min(choices, key=cost_us)
+    return min(choices, key=lambda config: prefill_cost_us(config, M, N, K, sms))
+
+
+def table_path(gpu: str) -> Path:
+    """Where the tuned configurations of a GPU are looked up."""
+    return TABLES / f"{gpu.replace(' ', '_')}.json"
 
 
 @cache
 def table(gpu: str) -> dict[str, Any]:
     """The tuned configurations of a GPU by "N,K"; empty if it has none."""
-    path = TABLES / f"{gpu.replace(' ', '_')}.json"
+    path = table_path(gpu)
     if not path.exists():
         return {}
     shapes: dict[str, Any] = json.loads(path.read_text())["shapes"]
@@ -182,7 +224,8 @@ def decode_config(
     entry = table(gpu).get(f"{N},{K}", {}).get("decode")
     splits = 1 if invariant else entry["splits"] if entry else default_splits(N, K, sms)
     if entry and not invariant:
-        found = nearest(entry["linear" if linear else "gemm"], M)
+        # Above 8 rows, one that was tuned for as large a tile, so that its stages fit.
+        found = nearest(entry["linear" if linear else "gemm"], M if M <= 8 else tokens(M))
         config = DecodeConfig(tokens(M), splits=splits, **found)
         NK = ceil_div(K, 128)
         room = decode_stages(config, NK, SHARED_BYTES)
