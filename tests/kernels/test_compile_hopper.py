@@ -27,24 +27,27 @@ PREFILL = (
     (128, 32, 10, 1, 7168, 2048, "u8", "bf16", False),
     (128, 32, 10, 8, 512, 7168, "f32", "f32", True),
 )
-# M, rows of w a tile, stages, parts of K, programs; N, K, scales, results, c and bias, fused.
+# M, rows of w a tile, warps, stages, parts of K, programs; N, K, scales, results, c and bias;
+# whether fused.
 DECODE = (
-    (1, 64, 3, 1, 132, 7168, 2048, "u8", "bf16", False, True),
-    (1, 64, 3, 4, 132, 7168, 2048, "f32", "bf16", True, True),
-    (8, 128, 3, 4, 132, 7168, 2048, "u8", "bf16", False, True),
-    (16, 64, 2, 4, 132, 7168, 2048, "f32", "bf16", False, True),
-    (32, 64, 2, 4, 132, 7168, 2048, "u8", "f32", True, True),
-    (64, 64, 2, 4, 132, 7168, 2048, "u8", "bf16", False, True),
-    (32, 128, 2, 4, 132, 7168, 2048, "f32", "bf16", False, True),
-    (1, 64, 5, 1, 132, 7168, 2048, "u8", "bf16", True, False),
-    (8, 128, 4, 4, 132, 7168, 2048, "f32", "bf16", False, False),
-    (16, 64, 4, 1, 132, 7168, 2048, "f32", "f32", True, False),
-    (16, 64, 4, 4, 132, 7168, 2048, "f32 u8", "bf16", False, False),
-    (32, 64, 4, 4, 132, 7168, 2048, "f32", "bf16", True, False),
-    (32, 128, 3, 1, 132, 7168, 2048, "u8", "bf16", False, False),
-    (64, 64, 3, 1, 132, 7168, 256, "u8", "bf16", False, False),  # stages used once
-    (64, 64, 3, 4, 132, 7168, 2048, "f32", "bf16", True, False),
-    (64, 128, 2, 4, 132, 7168, 2048, "u8", "f32", False, False),
+    (1, 64, 4, 3, 1, 132, 7168, 2048, "u8", "bf16", False, True),
+    (1, 64, 4, 3, 4, 132, 7168, 2048, "f32", "bf16", True, True),
+    (8, 128, 8, 3, 4, 132, 7168, 2048, "u8", "bf16", False, True),
+    (16, 64, 4, 2, 4, 132, 7168, 2048, "f32", "bf16", False, True),
+    (32, 64, 4, 2, 4, 132, 7168, 2048, "u8", "f32", True, True),
+    (64, 64, 4, 2, 4, 132, 7168, 2048, "u8", "bf16", False, True),
+    (32, 128, 8, 2, 4, 132, 7168, 2048, "f32", "bf16", False, True),
+    (1, 64, 4, 5, 1, 132, 7168, 2048, "u8", "bf16", True, False),
+    (8, 128, 8, 4, 4, 132, 7168, 2048, "f32", "bf16", False, False),
+    (16, 64, 4, 4, 1, 132, 7168, 2048, "f32", "f32", True, False),
+    (16, 64, 4, 4, 4, 132, 7168, 2048, "f32 u8", "bf16", False, False),
+    (32, 64, 4, 4, 4, 132, 7168, 2048, "f32", "bf16", True, False),
+    (32, 128, 8, 3, 1, 132, 7168, 2048, "u8", "bf16", False, False),
+    (64, 64, 4, 3, 1, 132, 7168, 256, "u8", "bf16", False, False),  # stages used once
+    (64, 64, 4, 3, 4, 132, 7168, 2048, "f32", "bf16", True, False),
+    (64, 128, 8, 2, 4, 132, 7168, 2048, "u8", "f32", False, False),
+    (16, 64, 8, 4, 4, 132, 7168, 2048, "u8", "bf16", False, False),  # two warpgroups, 8 tokens each
+    (64, 64, 8, 2, 4, 132, 7168, 2048, "u8", "bf16", True, True),
 )
 FULLEST = 4  # of the configurations by rules, those with the most shared memory
 ROWS = (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
@@ -205,8 +208,8 @@ def compile_decode() -> None:
 
     launches = decode_gemm._decode_gemm_kernel = Launches(decode_gemm._decode_gemm_kernel)
     cases = []
-    for M, block_n, stages, splits, programs, *sizes, fused in DECODE:
-        config = DecodeConfig(tokens(M), block_n, stages, splits, programs, fused)
+    for M, block_n, warps, stages, splits, programs, *sizes, fused in DECODE:
+        config = DecodeConfig(tokens(M), block_n, stages, splits, programs, fused, warps)
         cases.append((M, *sizes, config))
     defaults = (case for case in configurations() if isinstance(case[4], DecodeConfig))
     chosen = {case[4]: (*case[:3], "u8", "bf16", False, case[4]) for case in defaults}
@@ -217,7 +220,8 @@ def compile_decode() -> None:
             a, a_s = empty(M, sizes[1], dtype="bf16"), None
         kind = "activations" if config.fused else "codes"
         estimate = estimated(config, sizes[1])
-        launches.name = f"decode {config.tokens} {M} {kind} {sizes} {config} {estimate}"
+        columns = config.tokens * config.block_n // (16 * config.warps)
+        launches.name = f"decode {columns} {M} {kind} {sizes} {config} {estimate}"
         decode_gemm.launch(
             a, a_s, w, sf, c, bias, out, config, empty(1 << 16, dtype="i32"), sizes[2] == "u8", 105
         )
