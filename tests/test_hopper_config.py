@@ -99,9 +99,11 @@ def test_batch_invariant_runs_divide_nothing(N, K):
 @pytest.mark.parametrize(("N", "K"), SIZES)
 def test_many_rows(N, K):
     for M in MANY_ROWS:
-        candidates = list(rules.prefill_candidates(M, N, K))
+        splits = rules.prefill_splits(M, N, K, 132)
+        assert splits == (1 if M > 256 else rules.prefill_splits(65, N, K, 132))
+        candidates = list(rules.prefill_candidates(M, N, K, splits))
         assert rules.prefill_config(M, N, K, False, 0) in candidates
-        assert {c.splits for c in candidates} >= {1}
+        assert {c.splits for c in candidates} == {splits}
         for config in candidates:
             # 128 rows walk the ring by two blocks; 256 rows keep two sums, of which parts have one.
             assert config.block_m == 256 or config.stages % 2 == 0
@@ -138,20 +140,28 @@ def codes(rows, columns, pitch=None, offset=0):
 
 
 def test_refusals():
-    a, w, gran = codes(4, 256), codes(128, 256), (128, 128)
-    assert products.refusal(a, w, gran) is None
-    assert "64x128, not 128x128" in products.refusal(a, w, (64, 128))
+    sf, gran = torch.zeros(1, 2, dtype=torch.uint8), (128, 128)
+
+    def refused(a, w, gran, sf=sf):
+        return products.refusal(a, w, sf, gran)
+
+    a, w = codes(4, 256), codes(128, 256)
+    assert refused(a, w, gran) is None
+    assert "64x128, not 128x128" in refused(a, w, (64, 128))
     for name, odd in (("pitch", codes(128, 250)), ("offset", codes(128, 256, offset=8))):
-        assert "rows of w do not start" in products.refusal(a, odd, gran), name
-        assert "rows of a do not start" in products.refusal(odd, w, gran), name
-    assert products.refusal(codes(4, 250, pitch=256), codes(128, 250, pitch=272), gran) is None
+        assert "rows of w do not start" in refused(a, odd, gran), name
+        assert "rows of a do not start" in refused(odd, w, gran), name
+    assert refused(codes(4, 250, pitch=256), codes(128, 250, pitch=272), gran) is None
     # Activations, which kernels read by themselves, may lie anywhere, but not their codes.
-    assert products.refusal(torch.zeros(4, 257)[:, 1:], w, gran) is None
-    assert "not a multiple of 16" in products.refusal(
-        torch.zeros(4, 250), codes(128, 250, pitch=256), gran
-    )
+    assert refused(torch.zeros(4, 257)[:, 1:], w, gran) is None
+    assert "not a multiple of 16" in refused(torch.zeros(4, 250), codes(128, 250, pitch=256), gran)
     wide = codes(1, rules.MAX_K + 16)
-    assert "do not fit" in products.refusal(wide, wide, gran)
+    assert "do not fit" in refused(wide, wide, gran)
+    # Nothing that products start on before they wait may be a copy made for them.
+    assert "w has strides 1, 128" in refused(a, codes(256, 128).t(), gran)
+    assert "w has strides 0, 1" in refused(a, codes(1, 256).expand(128, 256), gran)
+    assert "scales of w" in refused(a, w, gran, sf.to(torch.bfloat16))
+    assert "scales of w" in refused(a, w, gran, torch.zeros(2, 2, dtype=torch.uint8).t())
 
 
 @pytest.fixture

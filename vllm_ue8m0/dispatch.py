@@ -73,11 +73,13 @@ def _reference_supports(op: str, device_type: str, explicit: bool) -> tuple[bool
 def _sm90_supports(op: str, device_type: str, explicit: bool) -> tuple[bool, str]:
     if device_type != "cuda" or find_spec("triton") is None:
         return False, "needs a GPU of sm_90 and triton"
-    if find_spec("triton.experimental.gluon") is None:
-        return False, "needs a triton with Gluon (3.6 or newer)"
     capability = torch.cuda.get_device_capability()
     if capability[0] != 9:
         return False, f"needs sm_90, this GPU is {_sm(capability)}"
+    try:
+        import_module(".sm90", __package__)
+    except (ImportError, AttributeError) as error:
+        return False, f"needs Gluon as in triton 3.6 or newer: {error}"
     return True, "Gluon kernels for sm_90; portable's where sm90.products.refusal names a reason"
 
 

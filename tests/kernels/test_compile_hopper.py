@@ -62,8 +62,8 @@ def configurations():
         for M in ROWS:
             for linear in (False, True):
                 if M > rules.MAX_DECODE_ROWS:
-                    for splits in (False, True):
-                        yield M, N, K, linear, rules.default_prefill(M, N, K, 132, splits)
+                    for splits in {1, rules.prefill_splits(M, N, K, 132)}:
+                        yield M, N, K, linear, rules.default_prefill(M, N, K, splits, 132)
                     continue
                 for splits in {1, rules.default_splits(N, K, 132)}:
                     fused = linear and rules.worth_fusing(M, K, splits)

@@ -255,6 +255,15 @@ def test_range_of_two_bytes(M):
         assert not np.isfinite(out[(exponent > 120) & ~nan]).any() and np.isnan(out[nan]).all()
 
 
+@pytest.mark.parametrize(("N", "K"), [(512, 7168), (2112, 1024)])
+def test_middle_and_large_regimes_do_not_depend_on_the_batch(sm90, N, K):
+    a, a_s, w, sf = operands(600, N, K, spread=40)
+    for whole, rows in ((256, (65, 100, 129, 200)), (600, (257, 300, 400))):
+        wanted = sm90.gemm(a[:whole], a_s[:whole], w, sf, None, None, GRAN, F32)
+        for M in rows:
+            assert same_bits(sm90.gemm(a[:M], a_s[:M], w, sf, None, None, GRAN, F32), wanted[:M])
+
+
 def test_graphs_replay_with_splits(sm90):
     _, _, w, sf = operands(1, 512, 7168)
     x = torch.randn(16, 7168, device="cuda", dtype=BF16)
@@ -292,7 +301,7 @@ def test_what_is_left_to_portable(sm90, M, N, K, gran):
     x = torch.randn(M, K, device="cuda", dtype=BF16)
     w = random_codes(N, K, device="cuda")
     sf = random_scale(-(-N // gran[0]), -(-K // gran[1]), dtype=U8, device="cuda")
-    assert (M == 0) or sm90.products.refusal(x, w, gran)
+    assert (M == 0) or sm90.products.refusal(x, w, sf, gran)
     wanted = portable.linear(x, w, sf, None, None, gran, "ue8m0")
     assert same_bits(sm90.linear(x, w, sf, None, None, gran, "ue8m0"), wanted)
     assert same_bits(

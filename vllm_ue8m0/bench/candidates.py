@@ -24,6 +24,7 @@ from ..kernels.hopper_config import (
     device_of,
     prefill_candidates,
     prefill_cost_us,
+    prefill_splits,
     splits_candidates,
 )
 from ..layouts import ceil_div, to_layout
@@ -68,7 +69,8 @@ def configs(point: Point, sms: int) -> list[Config]:
     """The candidates of a point, those of all splits."""
     M, N, K = point.M, point.N, point.K
     if point.op == "prefill":
-        costs = {c: prefill_cost_us(c, M, N, K, sms) for c in prefill_candidates(M, N, K)}
+        choices = prefill_candidates(M, N, K, prefill_splits(M, N, K, sms))
+        costs = {c: prefill_cost_us(c, M, N, K, sms) for c in choices}
         return [c for c, cost in costs.items() if cost <= HOPELESS * min(costs.values())]
     linear = point.op == "linear"
     return [

@@ -84,7 +84,8 @@ class Graph:
     """`calls` calls of a candidate, rotating over `copies` buffers, replayed as one."""
 
     def __init__(self, call: Candidate, copies: int, calls: int) -> None:
-        call(0)  # compiles, which nothing may inside a capture
+        for i in range(copies):  # compiles, and makes what is kept by weight, before a capture
+            call(i)
         torch.cuda.synchronize()
         # Outputs live as long as a rotation: freed at once, the next call would get the same
         # memory, and its writes would stay in L2. What a call frees by itself (the tensor between

@@ -25,6 +25,7 @@ from ..kernels.hopper_config import (
     default_decode,
     default_prefill,
     default_splits,
+    prefill_splits,
     worth_fusing,
 )
 from ..layouts import to_layout
@@ -150,7 +151,7 @@ def default(point: Point, sms: int) -> Config:
     """What runs without a table."""
     M, N, K = point.M, point.N, point.K
     if point.op == "prefill":
-        return default_prefill(M, N, K, sms, split=True)
+        return default_prefill(M, N, K, prefill_splits(M, N, K, sms), sms)
     splits = default_splits(N, K, sms)
     fused = point.op == "linear" and worth_fusing(M, K, splits)
     return default_decode(M, N, K, splits, fused, sms)
@@ -191,9 +192,8 @@ def entry(times: Mapping[Point, Times]) -> Entry:
         having = {c: t for c, t in measured.items() if c.splits == decode["splits"]}
         best = min(having, key=lambda config: having[config])
         assert isinstance(best, DecodeConfig)
-        chosen = {"block_n": best.block_n, "stages": best.stages, "programs": best.programs}
-        fused = {"fused": best.fused} if point.op == "linear" else {}
-        decode.setdefault(point.op, {})[str(point.M)] = chosen | fused
+        chosen = {k: v for k, v in asdict(best).items() if k not in ("tokens", "splits")}
+        decode.setdefault(point.op, {})[str(point.M)] = chosen
     return found
 
 

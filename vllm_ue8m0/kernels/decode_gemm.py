@@ -13,8 +13,8 @@ while the kernels before it end.
 
 acc += raw * (scale of a * scale of w), one FMA per block of 128 in order of K: the sum of
 prefill_gemm and of DeepGEMM. Parts are added in order by the last program of a tile to end; SPLITS
-comes from N and K alone, so a row's result does not depend on M. The product of two scale bytes is
-exact from 2^-149; below, what is lost is under 2^-124 of the result; from 2^128 the result is Inf.
+comes from N and K alone, so a row's result does not depend on M. The product of two scales is exact
+from 2^-149; below, a block loses less than 2^-124; from 2^128 it is Inf (NaN times a zero).
 """
 
 import torch
@@ -104,14 +104,15 @@ def _load_scales(
     layout: gl.constexpr = gl.BlockedLayout([1, WIDE], [32 // LANES, LANES], [WARPS, 1], [1, 0])
     j = gl.expand_dims(gl.arange(0, BLOCKS, gl.SliceLayout(1, layout)), 1)
     m = gl.expand_dims(gl.arange(0, TOKENS, gl.SliceLayout(0, layout)), 0)
-    source = a_s + m * stride_am + gl.minimum(first_k + j, NK - 1) * stride_ak
     limit = gl.cdiv(M, WIDE) * WIDE
-    loaded = gl.load(source, mask=(m < limit) & (j < BLOCKS), other=0)
+    # Where there is no block any more: 2^-127 or 0, times a product of zeros.
+    used = (m < limit) & (first_k + j < NK)
+    loaded = gl.load(a_s + m * stride_am + (first_k + j) * stride_ak, mask=used, other=0)
     rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     reinterpret(as_smem, gl.float32, [BLOCKS, TOKENS], rows).store(float_scale(loaded))
 
 
-@gluon.jit(do_not_specialize=["M", "NK", "stride_x"])
+@gluon.jit(do_not_specialize=["M", "NK"])
 def _decode_gemm_kernel(
     w_desc, a_desc, x, a_s, sf, c, bias, out, partial, counters,
     M, N, K, NK, stride_x, stride_am, stride_ak, stride_sf,
@@ -123,12 +124,9 @@ def _decode_gemm_kernel(
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[0]
     FUSED: gl.constexpr = a_desc is None
     # A warpgroup multiplies 64 rows; more of them than there are rows for share the tokens.
-    ROW_WARPS: gl.constexpr = BLOCK_N // 16
-    TOKEN_WARPS: gl.constexpr = WARPS // ROW_WARPS
+    SHARES: gl.constexpr = WARPS // (BLOCK_N // 16)
     mma: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0],
-        warps_per_cta=[ROW_WARPS, TOKEN_WARPS],
-        instr_shape=[16, TOKENS // TOKEN_WARPS, 32],
+        [3, 0], [BLOCK_N // 16, SHARES], [16, TOKENS // SHARES, 32]
     )
     along_tokens: gl.constexpr = gl.SliceLayout(0, mma)
     a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, 128], gl.float8e4nv)
@@ -187,10 +185,7 @@ def _decode_gemm_kernel(
         )  # fmt: skip
     barrier()
 
-    stage = 0
-    phase = 0
-    done = 0
-    side = 0
+    stage, phase, done, side = 0, 0, 0, 0
     raw0 = gl.zeros([BLOCK_N, TOKENS], gl.float32, mma)
     raw1 = gl.zeros([BLOCK_N, TOKENS], gl.float32, mma)
     for tile in range(group, tiles, groups):

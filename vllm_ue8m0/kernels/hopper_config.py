@@ -1,8 +1,9 @@
 """Launch configurations of the sm_90 products: tables that `vllm-ue8m0 tune` made, else rules.
 
-A table is a JSON file for one GPU in `tuned/`, by (N, K) and the nearest number of rows. Whatever
-the table, SPLITS of the kernels for few rows is one number for (N, K), and all SPLITS are 1 in a
-batch-invariant run: then every kernel sums K in the same order.
+A table is a JSON file for one GPU in `tuned/`, by (N, K) and the nearest number of rows. There are
+three regimes of rows: up to 64, up to 256, more. In each, SPLITS depends on (N, K) alone, so that
+a row's result does not depend on the batch within it; above 256 rows and in batch-invariant runs
+it is 1: then every kernel sums K in the same order.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any
 
 import torch
 
+from ..formats import BLOCK
 from ..layouts import ceil_div
 
-MAX_DECODE_ROWS = 64
+MAX_DECODE_ROWS, MAX_MIDDLE_ROWS = 64, 256
 MAX_K = 65536  # of 64 tokens' scales beside one stage, where K is not divided
 TABLES = Path(__file__).parents[1] / "tuned"
 # Shared memory of a program: alone on an SM, and with a second one, so that the next kernel's
@@ -40,6 +42,14 @@ class DecodeConfig:
     fused: bool = False
     warps: int = 4  # a multiple of block_n / 16
 
+    def __post_init__(self) -> None:
+        _check(self, self.block_n in (64, 128), "block_n is 64 or 128")
+        groups, rest = divmod(self.warps, self.block_n // 16)
+        # A warpgroup multiplies 64 rows by at least 8 tokens.
+        usable = rest == 0 and groups in (1, 2) and 8 * groups <= self.tokens
+        _check(self, usable, "warps are once or twice block_n / 16, for 8 tokens each")
+        _check(self, self.programs % self.splits == 0, "programs are a multiple of splits")
+
     def blocks(self, NK: int) -> int:
         """A power of two, at least the blocks of K of any part."""
         return 1 << (2 * ceil_div(ceil_div(NK, 2), self.splits) - 1).bit_length()
@@ -53,6 +63,18 @@ class PrefillConfig:
     block_n: int
     stages: int
     splits: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self, self.block_m in (128, 256), "block_m is 128 or 256")
+        if self.block_m == 128:
+            _check(self, self.stages % 2 == 0, "tiles of 128 rows take stages in pairs")
+        else:
+            _check(self, self.splits == 1, "tiles of 256 rows are not split")
+
+
+def _check(config: Any, ok: bool, rule: str) -> None:
+    if not ok:
+        raise ValueError(f"{config}: {rule}. Remove its table in `tuned/` or tune again.")
 
 
 def tokens(M: int) -> int:
@@ -90,12 +112,13 @@ def default_decode(M: int, N: int, K: int, splits: int, fused: bool, sms: int) -
     NK = ceil_div(K, 128)
     units = ceil_div(N, 64) * splits
     programs = units if units <= 2 * sms else sms
-    config = DecodeConfig(tokens(M), 64, 1, splits, programs // splits * splits, fused)
+    warps = 8 if fused and tokens(M) >= 16 else 4  # two warpgroups quantize faster
+    config = DecodeConfig(tokens(M), 64, 1, splits, programs // splits * splits, fused, warps)
     most = ceil_div(units, programs) * ceil_div(ceil_div(NK, 2), splits)
     stages = min(decode_stages(config, NK, HALF_SHARED_BYTES), 5, most)
     if stages < min(3, most):
         stages = min(decode_stages(config, NK, SHARED_BYTES), 5, most)
-    return DecodeConfig(config.tokens, 64, stages, splits, config.programs, fused)
+    return replace(config, stages=stages)
 
 
 def worth_fusing(M: int, K: int, splits: int) -> bool:
@@ -135,7 +158,10 @@ def decode_candidates(
                 (1, SHARED_BYTES),
             ):
                 groups = min(tiles, share * sms // splits)
-                config = DecodeConfig(tokens(M), block_n, 1, splits, groups * splits, fused)
+                warps = block_n // 16
+                if fused and block_n == 64 and tokens(M) >= 16:
+                    warps = 8
+                config = DecodeConfig(tokens(M), block_n, 1, splits, groups * splits, fused, warps)
                 most = ceil_div(tiles, groups) * ceil_div(ceil_div(NK, 2), splits)
                 stages = min(decode_stages(config, NK, budget), MAX_STAGES, most)
                 if stages >= min(2, most):
@@ -154,14 +180,18 @@ _BLOCK_US = {
 _STAGES = {(256, 128): 4, (128, 128): 6, (256, 64): 5, (128, 64): 8, (128, 32): 10}
 
 
-def prefill_candidates(M: int, N: int, K: int) -> Iterator[PrefillConfig]:
+def prefill_splits(M: int, N: int, K: int, sms: int) -> int:
+    """Parts of K of prefill_gemm: with few rows of w, what fills the SMs in the middle regime."""
+    if M > MAX_MIDDLE_ROWS:
+        return 1
+    most = ceil_div(K, 4 * BLOCK)
+    return max(s for s in (1, 2, 4) if s == 1 or (s <= most and ceil_div(N, 32) * s <= sms))
+
+
+def prefill_candidates(M: int, N: int, K: int, splits: int) -> Iterator[PrefillConfig]:
     """Configurations that may be fastest for more than 64 rows."""
-    NK = ceil_div(K, 128)
     for (block_m, block_n), stages in _STAGES.items():
-        for splits in (1, 2, 3, 4, 6, 8):
-            units = ceil_div(M, block_m) * ceil_div(N, block_n) * splits
-            if splits > 1 and (block_m == 256 or 4 * splits > NK or units > 280 or M > 1024):
-                continue
+        if splits == 1 or block_m == 128:
             yield PrefillConfig(block_m, block_n, stages, splits)
 
 
@@ -178,13 +208,13 @@ def prefill_cost_us(config: PrefillConfig, M: int, N: int, K: int, sms: int) -> 
     return max(time, (N * K + M * K + 2 * M * N) / 2.9e6)
 
 
-def default_prefill(M: int, N: int, K: int, sms: int, split: bool) -> PrefillConfig:
+def default_prefill(M: int, N: int, K: int, splits: int, sms: int) -> PrefillConfig:
     """The cheapest of prefill_candidates.
 
     Within 1.5 % of the fastest on the average, 19 % at worst, over DeepSeek-V3's 14 shapes and
     M = 128 to 8192 (H100, 2026-11-23).
     """
-    choices = [c for c in prefill_candidates(M, N, K) if split or c.splits == 1]
+    choices = prefill_candidates(M, N, K, splits)
     return min(choices, key=lambda config: prefill_cost_us(config, M, N, K, sms))
 
 
@@ -239,7 +269,10 @@ def decode_config(
 def prefill_config(M: int, N: int, K: int, invariant: bool, index: int) -> PrefillConfig:
     """M > 64."""
     gpu, sms = device_of(index)
+    splits = 1 if invariant else prefill_splits(M, N, K, sms)
     entry = table(gpu).get(f"{N},{K}", {}).get("prefill")
-    if entry and not invariant:
-        return PrefillConfig(**nearest(entry, M))
-    return default_prefill(M, N, K, sms, split=not invariant)
+    if entry:
+        found = PrefillConfig(**nearest(entry, M))
+        if found.splits == splits:
+            return found
+    return default_prefill(M, N, K, splits, sms)

@@ -45,12 +45,12 @@ def gemm(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """a [M, K] times w [N, K]^T; see reference.gemm."""
-    a, w = unit_stride(a), unit_stride(w)
-    if a_s is None or refusal(a, w, gran) is not None:
+    a = unit_stride(a)
+    if a_s is None or refusal(a, w, sf, gran) is not None:
         return portable.gemm(a, a_s, w, sf, c, bias, gran, out_dtype)
     out = torch.empty(a.shape[0], w.shape[0], dtype=out_dtype, device=a.device)
     if out.numel():
-        _launch(a, kernel_scale(a_s), w, unit_stride(kernel_scale(sf)), c, bias, out)
+        _launch(a, kernel_scale(a_s), w, sf, c, bias, out)
     return out
 
 
@@ -64,30 +64,39 @@ def linear(
     activation_scale: str,
 ) -> torch.Tensor:
     """Quantize x [M, K] as activation_scale says, times w^T -> [M, N] in x's dtype."""
-    x, w = unit_stride(x), unit_stride(w)
-    if activation_scale == "none" or refusal(x, w, gran) is not None:
+    x = unit_stride(x)
+    if activation_scale == "none" or refusal(x, w, sf, gran) is not None:
         return portable.linear(x, w, sf, c, bias, gran, activation_scale)
     out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    ue8m0, scale = activation_scale == "ue8m0", unit_stride(kernel_scale(sf))
+    ue8m0 = activation_scale == "ue8m0"
     config = _config(x.shape[0], x.shape[1], w.shape[0], True, x.device)
     if isinstance(config, DecodeConfig) and config.fused:
-        _decode(x, None, w, scale, c, bias, out, config, ue8m0)
+        _decode(x, None, w, sf, c, bias, out, config, ue8m0)
     else:
         a, a_s = portable.act_quant(x, BLOCK, ue8m0, layout=GEMM_SCALE_LAYOUT)
-        _launch(a, a_s, w, scale, c, bias, out, linear=True)
+        _launch(a, a_s, w, sf, c, bias, out, linear=True)
     return out
 
 
-def refusal(a: torch.Tensor, w: torch.Tensor, gran: Sequence[int]) -> str | None:
-    """Why the sm_90 kernels do not multiply these, or None. The last strides are 1."""
+def refusal(a: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, gran: Sequence[int]) -> str | None:
+    """Why the sm_90 kernels do not multiply these, or None. a has unit stride along K.
+
+    w and sf are read as they are: the kernels start on them before they wait for others, also for
+    a copy that would be made here.
+    """
     if (gran[0], gran[1]) != (BLOCK, BLOCK):
         return f"scale blocks of {gran[0]}x{gran[1]}, not {BLOCK}x{BLOCK}"
+    if sf.dtype not in (torch.uint8, torch.float32) or sf.stride(1) != 1:
+        return f"scales of w are {sf.dtype} with strides {sf.stride()}"
     codes = [("w", w)] if a.dtype != E4M3 else [("a", a), ("w", w)]
     for name, matrix in codes:
+        rows, columns = matrix.stride()
+        if columns != 1 or (rows < matrix.shape[1] and matrix.shape[0] > 1):
+            return f"{name} has strides {rows}, {columns}"
         # The copy engine reads rows that start at multiples of 16 bytes.
-        if matrix.data_ptr() % 16 or matrix.stride(0) % 16:
+        if matrix.data_ptr() % 16 or rows % 16:
             return f"rows of {name} do not start at multiples of 16 bytes"
     K = w.shape[1]
     if a.dtype != E4M3 and K % 16:  # rows of the codes that act_quant makes of them

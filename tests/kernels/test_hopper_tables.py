@@ -52,8 +52,9 @@ def test_candidates_hold_the_defaults(N: int, K: int):
         usual = hopper.default_decode(M, N, K, splits, False, SMS)
         assert usual in hopper.decode_candidates(M, N, K, splits, True, SMS)
     for M in (128, 8192):
-        usual = hopper.default_prefill(M, N, K, SMS, True)
-        assert usual in list(hopper.prefill_candidates(M, N, K))
+        splits = hopper.prefill_splits(M, N, K, SMS)
+        usual = hopper.default_prefill(M, N, K, splits, SMS)
+        assert usual in list(hopper.prefill_candidates(M, N, K, splits))
 
 
 def entry(rows: str, **config: object) -> dict[str, object]:
@@ -70,7 +71,7 @@ TABLE = {
                 "linear": {**entry("1", fused=True), **entry("32", fused=False, stages=1)},
             },
             "prefill": {
-                "128": {"block_m": 128, "block_n": 32, "stages": 10, "splits": 4},
+                "128": {"block_m": 128, "block_n": 32, "stages": 10, "splits": 2},
                 "2048": {"block_m": 256, "block_n": 128, "stages": 4, "splits": 1},
             },
         }
@@ -104,7 +105,9 @@ def test_a_table_is_read(tables: Path):
         (17, True, decode(32, 64, 1, 2, 66)),
     ):
         assert hopper.decode_config(M, 2112, 7168, linear, False, 0) == wanted
-    assert hopper.prefill_config(200, 2112, 7168, False, 0) == hopper.PrefillConfig(128, 32, 10, 4)
+    assert hopper.prefill_config(200, 2112, 7168, False, 0) == hopper.PrefillConfig(128, 32, 10, 2)
+    # Above 256 rows K is not divided, whatever is nearest.
+    assert hopper.prefill_config(300, 2112, 7168, False, 0).splits == 1
     assert hopper.prefill_config(1000, 2112, 7168, False, 0) == hopper.PrefillConfig(256, 128, 4)
 
 
