@@ -5,7 +5,6 @@ import inspect
 import pytest
 import torch
 
-from vllm_ue8m0 import dispatch
 from vllm_ue8m0.bench.gemm import SHAPES
 from vllm_ue8m0.kernels import hopper_config as rules
 from vllm_ue8m0.layouts import ceil_div
@@ -127,7 +126,7 @@ def test_batch_invariance_is_vllms_variable(monkeypatch):
     device = torch.device("cuda", 0)
     for value, splits in (("0", 4), ("", 4), ("1", 1)):
         monkeypatch.setenv("VLLM_BATCH_INVARIANT", value)
-        assert dispatch.batch_invariant() == (splits == 1)
+        assert products.batch_invariant() == (splits == 1)
         assert products._config(16, 7168, 2112, True, device).splits == splits
 
 

@@ -99,11 +99,6 @@ def requested() -> str:
     return name
 
 
-def batch_invariant() -> bool:
-    """Whether a row's result shall not depend on the batch at all: vLLM's VLLM_BATCH_INVARIANT."""
-    return os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
-
-
 @cache
 def choose(op: str, device_type: str) -> Backend:
     """The backend of an operator on "cpu" or "cuda"; RuntimeError with every reason if none."""

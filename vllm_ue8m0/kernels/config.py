@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -75,6 +76,14 @@ def weight_quant_warps(ue8m0: bool) -> int:
     UE8M0 1.01, 1.01, 1.02; float32 scales 0.98, 0.71, 0.70, for want of registers.
     """
     return 8 if ue8m0 else 4
+
+
+def batch_invariant() -> bool:
+    """Whether a row's result shall not depend on the batch at all: vLLM's VLLM_BATCH_INVARIANT.
+
+    Products then sum K in one order, on the same instructions, for any number of rows.
+    """
+    return os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
 
 
 @cache

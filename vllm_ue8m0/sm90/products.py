@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from .. import portable
-from ..dispatch import batch_invariant
 from ..formats import BLOCK, SF_FLOOR
 from ..kernels import decode_gemm, prefill_gemm
+from ..kernels.config import batch_invariant
 from ..kernels.hopper import column_major
 from ..kernels.hopper_config import (
     MAX_DECODE_ROWS,
