@@ -92,6 +92,12 @@ def test_sm90_products_compile(kernel):
         assert ("cvt.rn.satfinite.e4m3x2.f32" in line) == quantizes, name
 
 
+def test_activations_are_loaded_16_bytes_at_a_time():
+    """As they are where their row stride is known to be a multiple of 16."""
+    lines = {name: line for name, line in compiled("decode").items() if " activations " in name}
+    assert lines and all("ld.global.v4.b32" in line for line in lines.values())
+
+
 @pytest.mark.parametrize("kernel", ["decode", "prefill"])
 def test_estimates_of_shared_memory_hold(kernel):
     """So that every configuration whose estimate fits does fit."""
