@@ -44,6 +44,16 @@ def test_hopper_takes_its_own_products_and_portable_for_the_rest(monkeypatch):
         dispatch.choose("gemm", "cuda")
 
 
+def test_hopper_with_an_older_triton_takes_portable(monkeypatch):
+    def missing(name, package):
+        raise ImportError("cannot import name 'mbarrier'")
+
+    gpu(monkeypatch, (9, 0))
+    monkeypatch.setattr(dispatch, "import_module", missing)
+    assert dispatch.choose("linear", "cuda").name == "portable"
+    assert "triton 3.6 or newer: cannot import name 'mbarrier'" in dispatch.table("cuda")
+
+
 def test_old_gpu_is_refused_with_every_reason(monkeypatch):
     gpu(monkeypatch, (8, 0))
     reasons = r"sm90: needs sm_90.*sm_80; portable: needs sm_89.*sm_80; reference: .*silently"

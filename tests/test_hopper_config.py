@@ -114,20 +114,18 @@ def test_many_rows(N, K):
 
 
 def test_every_number_of_rows_has_one_kernel():
-    device = torch.device("cuda", 0)
     for M in range(1, 200):
-        config = products._config(M, 7168, 4096, False, device)
+        config = products._choose(M, 4096, 7168, False, 0)
         few = isinstance(config, rules.DecodeConfig)
         assert few == (M <= rules.MAX_DECODE_ROWS)
         assert not few or config.tokens == rules.tokens(M) >= M
 
 
 def test_batch_invariance_is_vllms_variable(monkeypatch):
-    device = torch.device("cuda", 0)
     for value, splits in (("0", 4), ("", 4), ("1", 1)):
         monkeypatch.setenv("VLLM_BATCH_INVARIANT", value)
         assert products.batch_invariant() == (splits == 1)
-        assert products._config(16, 7168, 2112, True, device).splits == splits
+        assert products._choose(16, 2112, 7168, True, 0).splits == splits
 
 
 def codes(rows, columns, pitch=None, offset=0):
@@ -161,6 +159,58 @@ def test_refusals():
     assert "w has strides 0, 1" in refused(a, codes(1, 256).expand(128, 256), gran)
     assert "scales of w" in refused(a, w, gran, sf.to(torch.bfloat16))
     assert "scales of w" in refused(a, w, gran, torch.zeros(2, 2, dtype=torch.uint8).t())
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The arguments of every launch, and of every act_quant, whose results are given."""
+    a, a_s, seen = codes(100, 2048), torch.zeros(100, 16, dtype=torch.uint8), []
+
+    def act_quant(x, group, ue8m0, layout):
+        seen.append(("act_quant", x, group, ue8m0, layout))
+        return a[: len(x)], a_s[: len(x)]
+
+    monkeypatch.setattr(products.portable, "act_quant", act_quant)
+    monkeypatch.setattr(products, "device_of", rules.device_of)
+    monkeypatch.setattr(products, "counters", lambda w, count: f"{count} zeros")
+    for name in ("decode_gemm", "prefill_gemm"):
+        launch = lambda *arguments, name=name: seen.append((name, *arguments))  # noqa: E731
+        monkeypatch.setattr(getattr(products, name), "launch", launch)
+    return seen
+
+
+W, SF = codes(640, 2048), torch.zeros(5, 16, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("kind", ["ue8m0", "fp32"])
+def test_activations_are_quantized_inside_or_before(launches, kind):
+    x, ue8m0 = torch.zeros(100, 2048), kind == "ue8m0"
+    products.linear(x[:1], W, SF, None, None, (128, 128), kind)
+    ((kernel, a, a_s, *_, config, _, how, floor),) = launches
+    assert kernel == "decode_gemm" and a.dtype == torch.float32 and a_s is None
+    assert config.fused and (how, floor) == (ue8m0, 105)
+    for M, name in ((40, "decode_gemm"), (100, "prefill_gemm")):
+        launches.clear()
+        products.linear(x[:M], W, SF, None, None, (128, 128), kind)
+        (quantizer, given, *rest), (kernel, a, a_s, *_) = launches
+        assert (quantizer, len(given), rest) == ("act_quant", M, [128, ue8m0, "mn_major"])
+        assert kernel == name and a.dtype == products.E4M3 and a_s.shape == (M, 16)
+
+
+def test_codes_are_multiplied_as_they_are(launches):
+    a, a_s = codes(100, 2048), torch.arange(1600).view(100, 16).to(torch.uint8)
+    for M, name in ((1, "decode_gemm"), (100, "prefill_gemm")):
+        launches.clear()
+        out = products.gemm(a[:M], a_s[:M], W, SF, None, None, (128, 128), torch.float16)
+        ((kernel, codes_, scales, _, _, _, _, result, config, zeros, *_),) = launches
+        assert kernel == name and codes_.data_ptr() == a.data_ptr() and result is out
+        assert torch.equal(scales, a_s[:M])
+        assert M == 1 or scales.stride() == (1, 112)  # columns of 16 bytes
+        assert config.splits > 1
+        if name == "decode_gemm":  # one for each tile, or for each warpgroup of one
+            assert zeros == f"{640 // config.block_n} zeros"
+        else:
+            assert zeros == f"{2 * ceil_div(100, config.block_m) * 640 // config.block_n} zeros"
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def configs(point: Point, sms: int) -> list[Config]:
 
 
 def counters(N: int, device: str) -> torch.Tensor:
-    """Zeros, enough for any candidate of a weight of N rows: prefill splits up to 280 units."""
+    """Zeros, enough for any candidate of a weight of N rows: prefill splits under 280 tiles."""
     return torch.zeros(max(ceil_div(N, 64), 2 * 280), dtype=torch.int32, device=device)
 
 

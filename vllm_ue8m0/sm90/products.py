@@ -50,7 +50,8 @@ def gemm(
         return portable.gemm(a, a_s, w, sf, c, bias, gran, out_dtype)
     out = torch.empty(a.shape[0], w.shape[0], dtype=out_dtype, device=a.device)
     if out.numel():
-        _launch(a, kernel_scale(a_s), w, sf, c, bias, out)
+        config = _config(a, w, linear=False)
+        _launch(a, kernel_scale(a_s), w, sf, c, bias, out, config)
     return out
 
 
@@ -70,13 +71,11 @@ def linear(
     out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    ue8m0 = activation_scale == "ue8m0"
-    config = _config(x.shape[0], x.shape[1], w.shape[0], True, x.device)
-    if isinstance(config, DecodeConfig) and config.fused:
-        _decode(x, None, w, sf, c, bias, out, config, ue8m0)
-    else:
+    ue8m0, config = activation_scale == "ue8m0", _config(x, w, linear=True)
+    a, a_s = x, None
+    if not (isinstance(config, DecodeConfig) and config.fused):
         a, a_s = portable.act_quant(x, BLOCK, ue8m0, layout=GEMM_SCALE_LAYOUT)
-        _launch(a, a_s, w, sf, c, bias, out, linear=True)
+    _launch(a, a_s, w, sf, c, bias, out, config, ue8m0)
     return out
 
 
@@ -108,48 +107,42 @@ def refusal(a: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, gran: Sequence[i
 
 def describe(op: str, M: int, N: int, K: int) -> str:
     """The kernel and configuration of an operator on the current GPU, for people."""
-    config = _config(M, K, N, op == "linear", torch.device("cuda", torch.cuda.current_device()))
+    config = _choose(M, N, K, op == "linear", torch.cuda.current_device())
+    before = ", act_quant before" if op == "linear" else ""
     if isinstance(config, DecodeConfig):
         name = "sm90 decode_gemm"
         sizes = f"{config.block_n}x{config.tokens}, {config.programs} programs"
-        before = "" if op == "gemm" else ", fused" if config.fused else ", act_quant before"
+        before = ", fused" if config.fused else before
     else:
         name, sizes = "sm90 prefill_gemm", f"{config.block_m}x{config.block_n}"
-        before = "" if op == "gemm" else ", act_quant before"
     return f"{name} {sizes}, {config.stages} stages, splits {config.splits}{before}"
 
 
-def _config(
-    M: int, K: int, N: int, linear: bool, device: torch.device
-) -> DecodeConfig | PrefillConfig:
-    index = device.index or 0
+def _config(a: torch.Tensor, w: torch.Tensor, linear: bool) -> DecodeConfig | PrefillConfig:
+    return _choose(a.shape[0], w.shape[0], w.shape[1], linear, a.device.index)
+
+
+def _choose(M: int, N: int, K: int, linear: bool, index: int) -> DecodeConfig | PrefillConfig:
     if M <= MAX_DECODE_ROWS:
         return decode_config(M, N, K, linear, batch_invariant(), index)
     return prefill_config(M, N, K, batch_invariant(), index)
 
 
 def _launch(
-    a: torch.Tensor, a_s: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, c: torch.Tensor | None,
-    bias: torch.Tensor | None, out: torch.Tensor, linear: bool = False,
+    a: torch.Tensor, a_s: torch.Tensor | None, w: torch.Tensor, sf: torch.Tensor,
+    c: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
+    config: DecodeConfig | PrefillConfig, ue8m0: bool = True,
 ) -> None:  # fmt: skip
-    (M, K), N = a.shape, w.shape[0]
-    config = _config(M, K, N, linear, a.device)
+    """a: codes with scales a_s, or, if the configuration is fused, activations for `ue8m0`."""
+    M, N = out.shape
     if isinstance(config, DecodeConfig):
-        _decode(a, a_s, w, sf, c, bias, out, config, True)
+        count = counters(w, ceil_div(N, config.block_n)) if config.splits > 1 else None
+        decode_gemm.launch(a, a_s, w, sf, c, bias, out, config, count, ue8m0, SF_FLOOR)
         return
+    assert a_s is not None
     if not column_major(a_s):
         a_s = to_layout(a_s, GEMM_SCALE_LAYOUT)
     tiles = ceil_div(M, config.block_m) * ceil_div(N, config.block_n)
     count = counters(w, 2 * tiles) if config.splits > 1 else None
-    _, sms = device_of(a.device.index or 0)
+    _, sms = device_of(a.device.index)
     prefill_gemm.launch(a, a_s, w, sf, c, bias, out, config, count, sms)
-
-
-def _decode(
-    a: torch.Tensor, a_s: torch.Tensor | None, w: torch.Tensor, sf: torch.Tensor,
-    c: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor, config: DecodeConfig,
-    ue8m0: bool,
-) -> None:  # fmt: skip
-    tiles = ceil_div(w.shape[0], config.block_n)
-    count = counters(w, tiles) if config.splits > 1 else None
-    decode_gemm.launch(a, a_s, w, sf, c, bias, out, config, count, ue8m0, SF_FLOOR)
