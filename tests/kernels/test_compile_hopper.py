@@ -116,12 +116,10 @@ def test_default_configurations_fit():
             most = rules.decode_stages(config, NK, SHARED_BYTES)
             assert config.stages <= most, (M, N, K, config)
         else:
-            assert ring(config, 4) + 1024 <= SHARED_BYTES
-
-
-def ring(config, scale_bytes):
-    a_block = config.block_m * (128 + scale_bytes)
-    return config.stages * (a_block + config.block_n * 128)
+            for scale_bytes in (1, 4):
+                fitting = rules.prefill_stages(config, scale_bytes)
+                assert rules.prefill_bytes(config, scale_bytes, *fitting) <= SHARED_BYTES
+            assert rules.prefill_stages(config, 1) == (config.stages, config.block_n)
 
 
 class Launches:
@@ -195,15 +193,17 @@ def operands(M, N, K, scale, result, epilogue):
 
 def compile_prefill() -> None:
     from vllm_ue8m0.kernels import prefill_gemm
-    from vllm_ue8m0.kernels.hopper_config import PrefillConfig
+    from vllm_ue8m0.kernels.hopper_config import PrefillConfig, prefill_bytes, prefill_stages
 
     launches = prefill_gemm._prefill_gemm_kernel = Launches(prefill_gemm._prefill_gemm_kernel)
     cases = [(512, *case[4:], PrefillConfig(*case[:4])) for case in PREFILL]
     for M, *sizes, config in cases:
         tensors = operands(M, *sizes)
-        tile = 2 * 64 * config.block_n * 2 if sizes[3] == "bf16" and sizes[0] % 8 == 0 else 0
-        estimate = ring(config, tensors[1].element_size()) + 1024
-        estimate += tile if estimate + tile <= SHARED_BYTES else 0
+        scale_bytes = tensors[1].element_size()
+        stages, width = prefill_stages(config, scale_bytes)
+        if sizes[3] != "bf16" or sizes[0] % 8:
+            width = 0  # stored from registers
+        estimate = prefill_bytes(config, scale_bytes, stages, width)
         launches.name = f"prefill {config.block_n} {M} {sizes} {config} {estimate}"
         prefill_gemm.launch(*tensors, config, empty(1 << 16, dtype="i32"), 132)
 

@@ -4,7 +4,7 @@ import torch
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language._core import builtin
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import extern, inline_asm_elementwise
 
@@ -41,6 +41,27 @@ def start_dependents(_semantic=None):
     """
     inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False,
+        pack=1, _semantic=_semantic,
+    )  # fmt: skip
+
+
+@extern
+def take_turn(warpgroup, _semantic=None):
+    """Wait until the other of two warpgroups, 0 and 1, has passed the turn.
+
+    Named barriers 14 and 15: Triton numbers its own from 0, one for each partition.
+    """
+    inline_asm_elementwise(
+        f"bar.sync {14 + warpgroup.value}, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False,
+        pack=1, _semantic=_semantic,
+    )  # fmt: skip
+
+
+@extern
+def pass_turn(warpgroup, _semantic=None):
+    """Let the other warpgroup take its turn."""
+    inline_asm_elementwise(
+        f"bar.arrive {15 - warpgroup.value}, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False,
         pack=1, _semantic=_semantic,
     )  # fmt: skip
 
@@ -106,6 +127,42 @@ def add_parts(value, parts, counter, split, SPLITS: gl.constexpr, SIZE: gl.const
         for s in gl.static_range(1, SPLITS):
             value += gl.load(parts + s * SIZE)
     return last, value
+
+
+@gluon.jit
+def _copy_out(value, out_desc, smem, row, column):
+    tma.store_wait(0)  # the last store has read its shared memory
+    smem.store(value)
+    fence_async_shared()
+    copy_to_global(out_desc, [row, column], smem)
+
+
+@gluon.jit
+def store_rows(acc, c, bias, out, out_desc, smem, row, column, M, N, mma: gl.constexpr):
+    """acc [64, BLOCK_N] of layout mma, times c, plus bias -> out[row:, column:].
+
+    By the copy engine through smem, if out_desc is not None: all columns or a half at a time.
+    """
+    BLOCK_N: gl.constexpr = acc.shape[1]
+    columns = column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, mma))
+    if c is not None:
+        acc *= gl.load(c + column // 128)
+    if bias is not None:
+        loaded = gl.load(bias + columns, mask=columns < N, other=0.0).to(gl.float32)
+        acc += gl.expand_dims(loaded, 0)
+    value = acc.to(out.dtype.element_ty)
+    if out_desc is not None:
+        WIDTH: gl.constexpr = out_desc.block_type.shape[1]
+        if WIDTH == BLOCK_N:
+            _copy_out(value, out_desc, smem, row, column)
+        else:
+            left, right = value.reshape([64, 2, WIDTH]).permute((0, 2, 1)).split()
+            _copy_out(left, out_desc, smem, row, column)
+            _copy_out(right, out_desc, smem, row, column + WIDTH)
+    else:
+        rows = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, mma)), 1)
+        columns = gl.expand_dims(columns, 0)
+        gl.store(out + rows.to(gl.int64) * N + columns, value, mask=(rows < M) & (columns < N))
 
 
 def code_tiles(codes: torch.Tensor, rows: int) -> TensorDescriptor:

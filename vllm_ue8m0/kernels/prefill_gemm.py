@@ -6,9 +6,12 @@ out  [M, N] bf16/fp16/fp32. Rows of codes are multiples of 16 bytes.
 
 Persistent and warp-specialized: one warp copies blocks of a, of its scales and of w into a ring,
 across tiles, so that the next tile's blocks come while this one's result is written; two
-warpgroups multiply, each half of the tile's rows, and while one adds, the other's products run.
-256 x 128 tiles: a warpgroup has two products of 64 rows in turn. 128-row tiles: two blocks of K,
-the second product running while the first is added, which is as fast and fills the SMs better.
+warpgroups multiply, each half of the tile's rows. They issue products in turn: left alone, both
+queues mix in the tensor cores and end together, which then idle while both add. H100, 2026-11-23,
+8192^3: 794 us for 843. So nothing may wait between the instructions of one product: scales are read
+before, where that is not slower.
+256-row tiles: a warpgroup has two products of 64 rows. 128-row tiles: two blocks of K, the second
+product running while the first is added, which fills the SMs better.
 
 The sum is that of decode_gemm (there: order, range of scales). With SPLITS > 1 parts of K are
 added in order by the last warpgroup of a tile to end.
@@ -31,15 +34,17 @@ from .hopper import (
     add_parts,
     add_scaled_rows,
     code_tiles,
-    copy_to_global,
     copy_to_shared,
     float_scale,
+    pass_turn,
     reinterpret,
     scale_columns,
     start_dependents,
+    store_rows,
+    take_turn,
     wait_for_inputs,
 )
-from .hopper_config import SHARED_BYTES, PrefillConfig
+from .hopper_config import PrefillConfig, prefill_stages
 
 # Row tiles that share columns of w in L2. H100, 2026-11-23: 4, 8 and 16 are within 3 % of each
 # other but for (24576, 1536), M = 8192: 16 is 9 % slower than 8.
@@ -129,6 +134,8 @@ def _multiply(
     scales = reinterpret(as_smem, as_smem.dtype, [STAGES * 2 * WAVES, 64], line)
     wait_for_inputs()
     stage, phase = 0, 0
+    if WG == 1:
+        pass_turn(WG)
     # Products go to registers that stay theirs: new zeros for each would be moved and spilled.
     raw0 = gl.zeros([64, BLOCK_N], gl.float32, mma)
     raw1 = gl.zeros([64, BLOCK_N], gl.float32, mma)
@@ -141,26 +148,36 @@ def _multiply(
         ws0 = gl.load(ws + first)
         ws1 = gl.load(ws + gl.minimum(first + 1, NK - 1))
         if WAVES == 2:
+            mbarrier.wait(ready.index(stage), phase)
+            as0 = scales.index(stage * 4 + WG * 2).load(rows)
+            as1 = scales.index(stage * 4 + WG * 2 + 1).load(rows)
             for k in range(first, past):
                 scale = float_scale(ws0)
                 ws0 = gl.load(ws + gl.minimum(k + 1, NK - 1))
-                mbarrier.wait(ready.index(stage), phase)
                 a = a_smem.index(stage)
                 w = w_smem.index(stage).permute((1, 0))
+                f0 = float_scale(as0) * scale
+                f1 = float_scale(as1) * scale
+                take_turn(WG)
                 token = warpgroup_mma(a.slice(ROW, 64), w, raw0, use_acc=False, is_async=True)
-                f0 = float_scale(scales.index(stage * 4 + WG * 2).load(rows)) * scale
-                f1 = float_scale(scales.index(stage * 4 + WG * 2 + 1).load(rows)) * scale
+                pass_turn(WG)
                 raw0 = warpgroup_mma_wait(0, deps=[token])
                 acc0 = add_scaled_rows(raw0, f0, acc0)
                 # Waiting again pins the FMAs here. LLVM would sink them behind the next product:
                 # two products live, 66 spilled registers, 20 % slower (Triton 3.6).
                 raw0, acc0 = warpgroup_mma_wait(0, deps=[raw0, acc0])
+                take_turn(WG)
                 token = warpgroup_mma(a.slice(ROW + 64, 64), w, raw0, use_acc=False, is_async=True)
+                pass_turn(WG)
+                used = empty.index(stage)
+                stage, phase = _next_stage(stage, phase, 1, STAGES)
+                mbarrier.wait(ready.index(stage), phase, pred=k + 1 < past)
+                as0 = scales.index(stage * 4 + WG * 2).load(rows)
+                as1 = scales.index(stage * 4 + WG * 2 + 1).load(rows)
                 raw0 = warpgroup_mma_wait(0, deps=[token])
-                mbarrier.arrive(empty.index(stage), count=1)
+                mbarrier.arrive(used, count=1)
                 acc1 = add_scaled_rows(raw0, f1, acc1)
                 raw0, acc1 = warpgroup_mma_wait(0, deps=[raw0, acc1])
-                stage, phase = _next_stage(stage, phase, 1, STAGES)
         else:
             for k in range(first, past, 2):
                 scale0 = float_scale(ws0)
@@ -170,12 +187,18 @@ def _multiply(
                 mbarrier.wait(ready.index(stage), phase)
                 a = a_smem.index(stage).slice(ROW, 64)
                 w = w_smem.index(stage).permute((1, 0))
+                as0 = scales.index(stage * 2 + WG)
+                if BLOCK_N == 128:  # 3 % faster than below; narrower tiles are slower so
+                    f0 = float_scale(as0.load(rows)) * scale0
+                take_turn(WG)
                 token0 = warpgroup_mma(a, w, raw0, use_acc=False, is_async=True)
-                f0 = float_scale(scales.index(stage * 2 + WG).load(rows)) * scale0
+                if BLOCK_N < 128:
+                    f0 = float_scale(as0.load(rows)) * scale0
                 mbarrier.wait(ready.index(stage + 1), phase)
                 a = a_smem.index(stage + 1).slice(ROW, 64)
                 w = w_smem.index(stage + 1).permute((1, 0))
                 token1 = warpgroup_mma(a, w, raw1, use_acc=False, is_async=True)
+                pass_turn(WG)
                 f1 = float_scale(scales.index(stage * 2 + 2 + WG).load(rows)) * scale1
                 raw0 = warpgroup_mma_wait(1, deps=[token0])
                 acc0 = add_scaled_rows(raw0, f0, acc0)
@@ -195,32 +218,12 @@ def _multiply(
             parts = partial + spot.to(gl.int64) * (SPLITS * SIZE) + lane * BLOCK_N + column
             last, acc0 = add_parts(acc0, parts, counters + spot, split, SPLITS, SIZE)
         if last:
-            _store(acc0, c, bias, out, out_desc, smem, row, n * BLOCK_N, M, N, mma)
+            store_rows(acc0, c, bias, out, out_desc, smem, row, n * BLOCK_N, M, N, mma)
             if WAVES == 2:
-                _store(acc1, c, bias, out, out_desc, smem, row + 64, n * BLOCK_N, M, N, mma)
+                store_rows(acc1, c, bias, out, out_desc, smem, row + 64, n * BLOCK_N, M, N, mma)
+    if WG == 0:
+        take_turn(WG)  # the last pass
     tma.store_wait(0)
-
-
-@gluon.jit
-def _store(acc, c, bias, out, out_desc, smem, row, column, M, N, mma: gl.constexpr):
-    """acc [64, BLOCK_N] times c, plus bias -> out[row:, column:]."""
-    BLOCK_N: gl.constexpr = acc.shape[1]
-    columns = column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, mma))
-    if c is not None:
-        acc *= gl.load(c + column // 128)
-    if bias is not None:
-        loaded = gl.load(bias + columns, mask=columns < N, other=0.0).to(gl.float32)
-        acc += gl.expand_dims(loaded, 0)
-    value = acc.to(out.dtype.element_ty)
-    if out_desc is not None:
-        tma.store_wait(0)  # the last tile's store has read its shared memory
-        smem.store(value)
-        fence_async_shared()
-        copy_to_global(out_desc, [row, column], smem)
-    else:
-        rows = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, mma)), 1)
-        columns = gl.expand_dims(columns, 0)
-        gl.store(out + rows.to(gl.int64) * N + columns, value, mask=(rows < M) & (columns < N))
 
 
 @gluon.jit(do_not_specialize=["M", "NK"])
@@ -235,7 +238,8 @@ def _prefill_gemm_kernel(
     w_smem = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_N, 128], w_desc.layout)
     as_smem = gl.allocate_shared_memory(as_desc.dtype, [STAGES, 1, BLOCK_M], as_desc.layout)
     if out_desc is not None:
-        out_smem = gl.allocate_shared_memory(out_desc.dtype, [2, 64, BLOCK_N], out_desc.layout)
+        shape: gl.constexpr = [2, 64, out_desc.block_type.shape[1]]
+        out_smem = gl.allocate_shared_memory(out_desc.dtype, shape, out_desc.layout)
     else:
         out_smem = a_smem  # not used
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -278,14 +282,11 @@ def launch(
     """counters: as decode_gemm's, two for each tile."""
     (M, K), N, splits = a.shape, w.shape[0], config.splits
     block_m, block_n = config.block_m, config.block_n
-    # The copy engine writes rows of multiples of 16 bytes, from shared memory: float32 results, and
-    # any beside float32 scales in the largest tiles, do not fit and are stored from registers.
-    ring = config.stages * ((block_m + block_n) * 128 + block_m * a_s.element_size())
-    fits = ring + 2 * 64 * block_n * 2 + 1024 <= SHARED_BYTES
+    stages, width = prefill_stages(config, a_s.element_size())
     out_desc = None
-    if out.dtype != torch.float32 and N % 8 == 0 and fits:
-        layout = gl.NVMMASharedLayout.get_default_for([64, block_n], gl.bfloat16)
-        out_desc = TensorDescriptor.from_tensor(out, [64, block_n], layout)
+    if out.dtype != torch.float32 and N % 8 == 0:  # rows of multiples of 16 bytes
+        layout = gl.NVMMASharedLayout.get_default_for([64, width], gl.bfloat16)
+        out_desc = TensorDescriptor.from_tensor(out, [64, width], layout)
     tiles, partial = ceil_div(M, block_m) * ceil_div(N, block_n), None
     if splits > 1:
         size = tiles * splits * block_m * block_n
@@ -293,7 +294,7 @@ def launch(
     _prefill_gemm_kernel[(min(sms, tiles * splits),)](
         code_tiles(a, block_m), scale_columns(a_s, block_m), code_tiles(w, block_n), out_desc,
         sf, c, bias, out, partial, counters, M, N, ceil_div(K, 128), sf.stride(0),
-        STAGES=config.stages, GROUP_M=GROUP_M, SPLITS=splits,
+        STAGES=stages, GROUP_M=GROUP_M, SPLITS=splits,
         MATH_REGISTERS=MATH_REGISTERS, COPY_REGISTERS=COPY_REGISTERS,
         num_warps=4, maxnreg=REGISTERS, launch_pdl=True,
     )  # fmt: skip
