@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from . import __version__
+from . import __version__, cli_values
 from .bench import GEMM_BENCHES, QUANT_OPS, BenchError
 from .checkpoint.shards import CheckpointError
 from .formats import ConfigError
@@ -47,28 +47,13 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-memory",
-        type=_size,
+        type=cli_values.size,
         metavar="BYTES",
         help="what the process may grow by, e.g. 500MB; limits the workers (default: 2GiB)",
     )
     parser.add_argument(
-        "--workers", type=_positive, metavar="N", help="threads (default: one per core)"
+        "--workers", type=cli_values.positive, metavar="N", help="threads (default: one per core)"
     )
-
-
-def _size(text: str) -> int:
-    from .checkpoint.workers import parse_size
-
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more.")
-    return int(text)
 
 
 def _convert(options: Options) -> None:
@@ -135,7 +120,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("b", metavar="B", help="another, in whatever format")
     parser.add_argument(
         "--tolerance",
-        type=_tolerance,
+        type=cli_values.tolerance,
         default=0.0,
         metavar="R",
         help="accept a relative (Frobenius) error of at most R in every tensor",
@@ -143,13 +128,6 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="print JSON, for programs")
     shown.add_argument("--all", action="store_true", help="list every tensor")
-
-
-def _tolerance(text: str) -> float:
-    value = float(text)
-    if not value >= 0:  # NaN is not either
-        raise ValueError
-    return value
 
 
 def _verify(options: Options) -> int:
@@ -193,15 +171,9 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_shapes(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("--shape", nargs="+", type=_shape, default=[], metavar="N,K", help=text)
-
-
-def _shape(text: str) -> tuple[int, int]:
-    try:
-        N, K = (_positive(size) for size in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not N,K such as 7168,2048.") from None
-    return N, K
+    parser.add_argument(
+        "--shape", nargs="+", type=cli_values.shape, default=[], metavar="N,K", help=text
+    )
 
 
 def _bench(options: Options) -> None:
@@ -222,9 +194,14 @@ def _tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="FILE.json", help="write or amend this table, not the installed one"
     )
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="how often each is timed")
     parser.add_argument(
-        "--workers", type=_positive, metavar="N", help="compiling processes (default: 1 per core)"
+        "--rounds", type=cli_values.positive, metavar="N", help="how often each is timed"
+    )
+    parser.add_argument(
+        "--workers",
+        type=cli_values.positive,
+        metavar="N",
+        help="compiling processes (default: 1 per core)",
     )
 
 
@@ -244,14 +221,19 @@ VERBS: dict[str, Verb] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0, 1 (no, or an error on stderr), 2 (usage), 130."""
+def parse(arguments: Sequence[str]) -> Options:
+    """The options of a command line, without the program's name; SystemExit 2 if it has errors."""
     parser = argparse.ArgumentParser(prog="vllm-ue8m0", description="Block FP8 with UE8M0 scales.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, (text, add_arguments, _) in VERBS.items():
         add_arguments(verbs.add_parser(name, help=text, description=text))
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0, 1 (no, or an error on stderr), 2 (usage), 130."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         status = VERBS[options.verb][2](options)
         sys.stdout.flush()

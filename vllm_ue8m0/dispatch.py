@@ -14,6 +14,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -119,9 +120,18 @@ def choose(op: str, device_type: str) -> Backend:
     )
 
 
-def table(device_type: str) -> str:
-    """One line per operator and backend: chosen or not, and why."""
-    lines = []
+class Row(NamedTuple):
+    """An operator on a backend. status: "chosen", "usable" (another was chosen) or "refused"."""
+
+    operator: str
+    backend: str
+    status: str
+    reason: str
+
+
+def rows(device_type: str) -> list[Row]:
+    """Every operator on every backend that has it; ValueError if UE8M0_BACKEND names none."""
+    found = []
     for op in OPERATORS:
         try:
             chosen = choose(op, device_type)
@@ -131,6 +141,14 @@ def table(device_type: str) -> str:
             if op not in backend.operators:
                 continue
             ok, reason = backend.supports(op, device_type, requested() == backend.name)
-            mark = "chosen" if backend is chosen else "usable" if ok else "refused"
-            lines.append(f"{op:<15} {backend.name:<10} {mark:<8} {reason}")
-    return "\n".join(lines)
+            status = "chosen" if backend is chosen else "usable" if ok else "refused"
+            found.append(Row(op, backend.name, status, reason))
+    return found
+
+
+def table(device_type: str) -> str:
+    """One line per operator and backend: chosen or not, and why."""
+    return "\n".join(
+        f"{row.operator:<15} {row.backend:<10} {row.status:<8} {row.reason}"
+        for row in rows(device_type)
+    )

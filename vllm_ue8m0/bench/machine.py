@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .. import __version__
+from ..versions import versions
 from . import BenchError
 
 
@@ -35,30 +33,4 @@ def require_gpu(otherwise: str = SHOW) -> None:
 
 def describe() -> Machine:
     """The current CUDA device and today's date."""
-    versions = {
-        "torch": torch.__version__,
-        "triton": _installed("triton"),
-        "vllm": _installed("vllm"),
-        "vllm_ue8m0": __version__,
-        "cuda": torch.version.cuda,
-        "driver": _driver(),
-    }
-    return Machine(torch.cuda.get_device_name(), versions, date.today().isoformat())
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _driver() -> str | None:
-    """The driver's version; torch knows only the CUDA version that it supports."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    lines = run.stdout.split("\n")
-    return lines[0].strip() or None
+    return Machine(torch.cuda.get_device_name(), versions(), date.today().isoformat())

@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from ..columns import table
 from .report import Report, Tensor
 from .serving import TP_SIZES
 
@@ -82,16 +83,6 @@ def _class(group: Sequence[Tensor]) -> str:
     if len(factors) == 1:
         return f"factored, c = {factors[0]:.9g}"
     return f"factored, {len(factors)} c in {factors[0]:.9g} .. {factors[-1]:.9g}"
-
-
-def table(rows: Sequence[tuple[str, ...]], aligned: str) -> list[str]:
-    """Lines with a column per character of aligned, "<" left or ">" right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [
-        [f"{cell:{side}{width}}" for cell, side, width in zip(row, aligned, widths, strict=True)]
-        for row in rows
-    ]
-    return ["  ".join(row).rstrip() for row in cells]
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ..codec import scale_to_float
+from ..columns import table
 from ..layouts import ceil_div, expand
 from ..reference import e4m3_to_float
 from .check import check_scales, declared_block, find_scale, is_fp8_weight, raise_problems
 from .shards import DTYPE_BITS, open_checkpoint, read_bytes
-from .show import fold, table
+from .show import fold
 
 # 1 Mi elements: 8 MiB in float64, about 60 MiB with all temporaries.
 _CHUNK_ELEMENTS = 1 << 20
