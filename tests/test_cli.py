@@ -127,6 +127,7 @@ def test_errors_are_one_line(
         ["verify", "a"],
         ["verify", "a", "b", "--tolerance", "-1"],
         ["verify", "a", "b", "--tolerance", "nan"],
+        ["doctor", "a", "b"],
         ["bench"],
         ["bench", "quant", "--only", "gemm"],
         ["bench", "gemm", "--only", "act_quant"],

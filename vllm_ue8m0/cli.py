@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from . import __version__, cli_values
+from . import __version__, cli_serving, cli_values
 from .bench import GEMM_BENCHES, QUANT_OPS, BenchError
 from .checkpoint.shards import CheckpointError
 from .formats import ConfigError
@@ -216,6 +216,11 @@ VERBS: dict[str, Verb] = {
     "inspect": ("say what a checkpoint holds and how it is served", _inspect_arguments, _inspect),
     "convert": ("write a checkpoint in another format", _convert_arguments, _convert),
     "verify": ("compare the values of two checkpoints", _verify_arguments, _verify),
+    "doctor": (
+        "say what is installed, which kernels it would use, and what is wrong",
+        cli_serving.doctor_arguments,
+        cli_serving.doctor,
+    ),
     "bench": ("time the operators, show and plot results", _bench_arguments, _bench),
     "tune": ("find the fastest products for this machine's GPU (sm_90)", _tune_arguments, _tune),
 }

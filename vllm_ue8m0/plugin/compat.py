@@ -6,6 +6,7 @@ registering the method costs milliseconds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -41,8 +42,11 @@ _LAZY = {
 __all__ = [
     "QuantizationConfig",
     "current_config",
+    "deep_gemm_conditions",
     "init_logger",
+    "knows_method",
     "make_prepare_finalize",
+    "platform",
     "register_quantization_config",
     "replace_parameter",
     "version_warning",
@@ -97,3 +101,39 @@ def make_prepare_finalize(moe: Any, quant_config: Any, layer: Any) -> Any:
         allow_new_interface=True,
         use_monolithic=False,
     )
+
+
+def knows_method(name: str) -> bool:
+    """Load plugins as every vLLM process does; whether `--quantization name` is known then."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    return name in QUANTIZATION_METHODS
+
+
+def deep_gemm_conditions() -> dict[str, Callable[[], Any]]:
+    """What vLLM's own fp8 method asks before it rounds activation scales to powers of two.
+
+    Each is a call that may fail; `used` is the conjunction as vLLM computes it. The last: whether
+    FlashInfer, which keeps float32 scales, takes batches below 32 rows before DeepGEMM is asked.
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+    from vllm.utils import deep_gemm, flashinfer, import_utils
+
+    return {
+        "gpu": lambda: current_platform.support_deep_gemm(),
+        "installed": lambda: import_utils.has_deep_gemm(),
+        "enabled": lambda: envs.VLLM_USE_DEEP_GEMM,
+        "e8m0_enabled": lambda: envs.VLLM_USE_DEEP_GEMM_E8M0,
+        "used": lambda: deep_gemm.is_deep_gemm_e8m0_used(),
+        "flashinfer_below_32": lambda: flashinfer.is_flashinfer_fp8_blockscale_gemm_supported(),
+    }
+
+
+def platform() -> str:
+    """vLLM's device type: "cuda", "cpu", ...; "" if it found none that it was built for."""
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)

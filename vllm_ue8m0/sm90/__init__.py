@@ -4,6 +4,6 @@ The operators it has take what `reference` and `portable` take; what its kernels
 (`products.refusal`) goes to `portable`.
 """
 
-from .products import GEMM_SCALE_LAYOUT, describe, gemm, linear
+from .products import GEMM_SCALE_LAYOUT, describe, gemm, linear, refusal
 
-__all__ = ["GEMM_SCALE_LAYOUT", "describe", "gemm", "linear"]
+__all__ = ["GEMM_SCALE_LAYOUT", "describe", "gemm", "linear", "refusal"]
