@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from . import __version__, cli_serving, cli_values
 from .bench import GEMM_BENCHES, QUANT_OPS, BenchError
 from .checkpoint.shards import CheckpointError
+from .evaluate import EvalError
 from .formats import ConfigError
 
 Options = argparse.Namespace
@@ -221,6 +222,11 @@ VERBS: dict[str, Verb] = {
         cli_serving.doctor_arguments,
         cli_serving.doctor,
     ),
+    "eval": (
+        "compare what a served model predicts with what another does",
+        cli_serving.eval_arguments,
+        cli_serving.evaluate,
+    ),
     "bench": ("time the operators, show and plot results", _bench_arguments, _bench),
     "tune": ("find the fastest products for this machine's GPU (sm_90)", _tune_arguments, _tune),
 }
@@ -233,7 +239,12 @@ def parse(arguments: Sequence[str]) -> Options:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, (text, add_arguments, _) in VERBS.items():
         add_arguments(verbs.add_parser(name, help=text, description=text))
-    return parser.parse_args(arguments)
+    engine: list[str] = []
+    arguments = list(arguments)
+    if arguments[:1] == ["eval"] and "--" in arguments:  # what follows is vLLM's to parse
+        end = arguments.index("--")
+        arguments, engine = arguments[:end], arguments[end + 1 :]
+    return parser.parse_args(arguments, argparse.Namespace(engine=engine))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -246,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Who reads the output, such as `head`, has seen enough: nothing is to be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ConfigError, CheckpointError, BenchError, OSError) as error:
+    except (ConfigError, CheckpointError, BenchError, EvalError, OSError) as error:
         print(f"vllm-ue8m0 {options.verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
