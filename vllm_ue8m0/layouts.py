@@ -116,3 +116,13 @@ def from_layout(scale: torch.Tensor, groups: int) -> torch.Tensor:
     """The inverse of to_layout: contiguous row-major scales [..., M, groups]."""
     rows = scale.clone(memory_format=torch.contiguous_format)
     return rows.view(torch.uint8)[..., :groups].contiguous() if rows.dtype == torch.int32 else rows
+
+
+def local_experts(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """Ids of experts of this rank, -1 for others: expert_map [global experts] translates."""
+    if expert_map is None:
+        return topk_ids
+    # -1 is padding already, and would be a valid wrong index.
+    known = (topk_ids >= 0) & (topk_ids < len(expert_map))
+    local = expert_map[torch.where(known, topk_ids, 0).to(torch.int64)]
+    return torch.where(known, local.to(topk_ids.dtype), -1)

@@ -1,7 +1,8 @@
 """The operators as torch ops `vllm_ue8m0::*`, which the vLLM glue traces.
 
-Each has a fake implementation, mutates nothing and, but for `weight_quant`, never synchronizes with
-the host on a GPU. Arguments are those of `reference`.
+Each has a fake implementation and, but for `weight_quant`, never synchronizes with the host on a
+GPU. Arguments are those of `reference`; `experts` writes to a tensor given first, the others mutate
+nothing.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ _SCHEMAS = {
     " ScalarType out_dtype) -> Tensor",
     "linear": "(Tensor x, Tensor w, Tensor sf, Tensor? c, Tensor? bias, int[] gran,"
     " str activation_scale) -> Tensor",
-    "experts": "(Tensor x, Tensor w13, Tensor sf13, Tensor? c13, Tensor w2, Tensor sf2,"
-    " Tensor? c2, Tensor topk_weights, Tensor topk_ids, int[] gran13, int[] gran2,"
-    " str activation_scale, bool weight_on_input) -> Tensor",
+    "experts": "(Tensor(a!) out, Tensor x, Tensor w13, Tensor sf13, Tensor? c13, Tensor w2,"
+    " Tensor sf2, Tensor? c2, Tensor topk_weights, Tensor topk_ids, int[] gran13, int[] gran2,"
+    " str activation_scale, bool weight_on_input, Tensor? expert_map=None) -> ()",
 }
 
 
@@ -89,8 +90,8 @@ def _fake_linear(x: torch.Tensor, w: torch.Tensor, *rest: Any) -> torch.Tensor:
     return x.new_empty((x.shape[0], w.shape[0]))
 
 
-def _fake_experts(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return torch.empty_like(x)
+def _fake_experts(out: torch.Tensor, *rest: Any, **more: Any) -> None:
+    pass
 
 
 _FAKES = {
@@ -107,7 +108,11 @@ _FAKES = {
 
 def _register(name: str) -> None:
     def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return getattr(dispatch.choose(name, x.device.type).load(), name)(x, *args, **kwargs)
+        operator = getattr(dispatch.choose(name, x.device.type).load(), name)
+        if name == "experts":  # writes to its first argument
+            operator(*args, **kwargs, out=x)
+            return None
+        return operator(x, *args, **kwargs)
 
     _LIBRARY.define(name + _SCHEMAS[name])
     for key in ("CPU", "CUDA"):

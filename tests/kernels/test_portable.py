@@ -184,6 +184,25 @@ def test_experts_of_integers_are_exact(module, device, activation_scale):
         assert same_bits(out, wanted.to(device))
 
 
+@pytest.mark.parametrize("module", [reference, portable], ids=["reference", "portable"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_experts_of_other_ranks(module, device, dtype):
+    """expert_map translates ids of 11 experts; elsewhere, padding and unknown ones are -1."""
+    *args, _, gran13, gran2 = expert_operands(9, 3, device)
+    expert_map = torch.full((11,), -1, dtype=torch.int32, device=device)
+    expert_map[torch.tensor([7, 2, 10, 4])] = torch.arange(4, dtype=torch.int32, device=device)
+    ids = torch.randint(-1, 13, (9, 3), device=device).to(dtype)
+    ids[0], ids[1] = torch.tensor([7, 2, 2]), torch.tensor([-1, 11, 3])
+    table = [*expert_map.tolist(), -1, -1, -1]  # the last one is that of -1
+    local = torch.tensor([table[i] for i in ids.reshape(-1).tolist()]).reshape(9, 3).to(device)
+    rest = (gran13, gran2, "ue8m0", False)
+    wanted = module.experts(*args, local, *rest)
+    assert (wanted[0] != 0).any() and (wanted[1] == 0).all()
+    out = torch.full_like(wanted, torch.nan)
+    assert module.experts(*args, ids, *rest, expert_map, out) is out
+    assert same_bits(out, wanted)
+
+
 @pytest.mark.parametrize("activation_scale", ACTIVATIONS)
 def test_experts_nan_stays_in_its_token_and_repeats_are_equal(device, activation_scale):
     args = expert_operands(9, 2, device)

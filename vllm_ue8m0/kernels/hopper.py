@@ -1,5 +1,7 @@
 """What the Gluon kernels for sm_90 share: Triton's changing names, launch order, quantization."""
 
+from functools import cache
+
 import torch
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
@@ -165,16 +167,33 @@ def store_rows(acc, c, bias, out, out_desc, smem, row, column, M, N, mma: gl.con
         gl.store(out + rows.to(gl.int64) * N + columns, value, mask=(rows < M) & (columns < N))
 
 
+@cache
+def _tile_layout(rows: int, columns: int, dtype: gl.dtype) -> gl.NVMMASharedLayout:
+    """Kept: making one takes the host as long as a small kernel runs."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+
+
+@cache
+def _line_layout(bits: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(0, bits, 2)
+
+
 def code_tiles(codes: torch.Tensor, rows: int) -> TensorDescriptor:
     """Tiles of `rows` x 128 e4m3 codes, swizzled as wgmma reads them; zeros outside the matrix."""
-    layout = gl.NVMMASharedLayout.get_default_for([rows, 128], gl.float8e4nv)
-    return TensorDescriptor.from_tensor(codes, [rows, 128], layout)
+    return TensorDescriptor.from_tensor(codes, [rows, 128], _tile_layout(rows, 128, gl.float8e4nv))
+
+
+def result_tiles(out: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles of `rows` x `columns` 16-bit results."""
+    return TensorDescriptor.from_tensor(
+        out, [rows, columns], _tile_layout(rows, columns, gl.bfloat16)
+    )
 
 
 def scale_columns(scale: torch.Tensor, rows: int) -> TensorDescriptor:
     """Columns of `rows` of column-major scales [M, K/128]."""
     M, groups = scale.shape
-    layout = gl.NVMMASharedLayout(0, 8 * scale.element_size(), 2)
+    layout = _line_layout(8 * scale.element_size())
     return TensorDescriptor(scale, [groups, M], [scale.stride(1), 1], [1, rows], layout)
 
 

@@ -27,7 +27,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..layouts import ceil_div
 from .hopper import (
@@ -38,6 +37,7 @@ from .hopper import (
     float_scale,
     pass_turn,
     reinterpret,
+    result_tiles,
     scale_columns,
     start_dependents,
     store_rows,
@@ -285,8 +285,7 @@ def launch(
     stages, width = prefill_stages(config, a_s.element_size())
     out_desc = None
     if out.dtype != torch.float32 and N % 8 == 0:  # rows of multiples of 16 bytes
-        layout = gl.NVMMASharedLayout.get_default_for([64, width], gl.bfloat16)
-        out_desc = TensorDescriptor.from_tensor(out, [64, width], layout)
+        out_desc = result_tiles(out, 64, width)
     tiles, partial = ceil_div(M, block_m) * ceil_div(N, block_n), None
     if splits > 1:
         size = tiles * splits * block_m * block_n

@@ -104,13 +104,10 @@ class Ue8m0Experts(compat.FusedMoEExpertsModular):  # type: ignore[misc]
         apply_router_weight_on_input: bool,
     ) -> None:
         fmt: ExpertsFormat = self.quant_config.ue8m0
-        if expert_map is not None:
-            # -1 is padding already, and would be a valid wrong index.
-            local = expert_map[topk_ids.clamp(min=0).to(torch.int64)]
-            topk_ids = torch.where(topk_ids < 0, -1, local.to(topk_ids.dtype))
         if apply_router_weight_on_input:
             topk_weights = torch.ones_like(topk_weights)  # prepare has applied them
-        out = torch.ops.vllm_ue8m0.experts(
+        torch.ops.vllm_ue8m0.experts(
+            output,
             hidden_states,
             w1,
             self.w1_scale,
@@ -124,8 +121,8 @@ class Ue8m0Experts(compat.FusedMoEExpertsModular):  # type: ignore[misc]
             fmt.gran2,
             fmt.activation_scale,
             False,
+            expert_map,
         )
-        output.copy_(out)
 
 
 class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]

@@ -9,7 +9,7 @@ import torch
 from ..formats import BLOCK
 from ..kernels import gemm as gemm_kernel
 from ..kernels import grouped_gemm as grouped_gemm_kernel
-from ..layouts import ceil_div
+from ..layouts import ceil_div, local_experts
 from .quant import act_quant, kernel_scale, silu_mul, silu_mul_quant, unit_stride
 
 
@@ -68,10 +68,15 @@ def experts(
     gran2: Sequence[int],
     activation_scale: str,
     weight_on_input: bool,
+    expert_map: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Routed experts; see reference.experts. Ids outside [0, E) are skipped."""
+    topk_ids = local_experts(topk_ids, expert_map)
     (M, topk), E = topk_ids.shape, w13.shape[0]
-    slots, out = M * topk, torch.empty_like(x, memory_format=torch.contiguous_format)
+    slots = M * topk
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if slots == 0:
         return out.zero_()
     weights = topk_weights.reshape(-1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..layouts import ceil_div
+from ..layouts import ceil_div, local_experts
 from .quant import dequantize, dequantize_activations, fake_quant, silu_mul
 
 # Rows of a weight dequantized at a time: bounds the float32 copy to 64 MiB.
@@ -80,13 +80,18 @@ def experts(
     gran2: tuple[int, int],
     activation_scale: str,
     weight_on_input: bool,
+    expert_map: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Routed experts: x [M, H], w13 [E, 2I, H] (gate rows first), w2 [E, H, I] -> [M, H].
 
-    topk_ids [M, topk] are local expert ids, -1 = skip (padding, or an expert of another rank).
+    topk_ids [M, topk] are local expert ids, -1 = skip (padding, or an expert of another rank), or
+    global ones with expert_map [experts of all ranks], which has the local ids, -1 for none.
+    The result is written to out, if that is given.
     Every (token, slot) product is weighted in float32 and rounded to x's dtype; the slots of a
     token are summed in float32 in slot order and rounded once.
     """
+    topk_ids = local_experts(topk_ids, expert_map)
     M, topk = topk_ids.shape
     slots = torch.zeros(M, topk, x.shape[1], dtype=x.dtype, device=x.device)
     source = x * topk_weights.to(x.dtype) if weight_on_input else x
@@ -97,8 +102,9 @@ def experts(
             None if c13 is None else c13[expert], None, gran13, activation_scale,
         )  # fmt: skip
         hidden = fake_quant(silu_mul(gate_up), gran2[1], activation_scale)
-        out = matmul(hidden, w2[expert], sf2[expert], gran2, None if c2 is None else c2[expert])
+        product = matmul(hidden, w2[expert], sf2[expert], gran2, None if c2 is None else c2[expert])
         if not weight_on_input:
-            out *= topk_weights[token, slot, None].to(torch.float32)
-        slots[token, slot] = out.to(x.dtype)
-    return slots.to(torch.float32).sum(1).to(x.dtype)
+            product *= topk_weights[token, slot, None].to(torch.float32)
+        slots[token, slot] = product.to(x.dtype)
+    total = slots.to(torch.float32).sum(1).to(x.dtype)
+    return total if out is None else out.copy_(total)
