@@ -70,7 +70,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch):
             gemm_peers._load_triton: w8a8_triton_block_scaled_mm,
             gemm_peers._load_flashinfer: fp8_blockscale_gemm_sm90,
         }
-        monkeypatch.setattr(gemm_peers, "_get", kernels.get)
+        monkeypatch.setattr(gemm_peers, "loaded", kernels.get)
         for module in (peers, gemm_peers):
             monkeypatch.setattr(module, "vllm_op", lambda name: globals()[name])
 
@@ -130,7 +130,7 @@ def test_absent_peers_are_said_with_their_reasons(monkeypatch: pytest.MonkeyPatc
     def absent(what):
         raise peers.PeerAbsent("no vLLM here")
 
-    monkeypatch.setattr(gemm_peers, "_get", absent)
+    monkeypatch.setattr(gemm_peers, "loaded", absent)
     for module in (peers, gemm_peers):
         monkeypatch.setattr(module, "vllm_op", absent)
     cases = [gemm.gemm(reference, "middle_gemm", 4, 128, 256), gemm.linear(reference, 4, 128, 256)]
@@ -149,10 +149,10 @@ def test_absence_is_found_once(monkeypatch: pytest.MonkeyPatch):
         attempts.append(1)
         raise ModuleNotFoundError("No module named 'vllm'")
 
-    gemm_peers._try.cache_clear()
+    peers._try.cache_clear()
     for _ in range(2):
         with pytest.raises(peers.PeerAbsent, match="cannot be imported: ModuleNotFoundError: No"):
-            gemm_peers._get(load)
+            peers.loaded(load)
     assert len(attempts) == 1
 
 

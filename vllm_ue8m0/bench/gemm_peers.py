@@ -15,8 +15,6 @@ Every kernel gets its layout ready-made, as a quantizer would have written it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,9 +24,7 @@ from ..formats import BLOCK
 from ..layouts import to_layout
 from . import roof
 from .case import Inputs, Operator, Outputs
-from .peers import PeerAbsent, group_quant, vllm_op
-
-HOPPER = 9
+from .peers import group_quant, loaded, require_float32_layout, vllm_op
 
 
 def activation_scales(a_s: torch.Tensor) -> Inputs:
@@ -86,10 +82,8 @@ def linear(ue8m0: bool) -> dict[str, Operator]:
 def _deepgemm(
     a: torch.Tensor, a_s: torch.Tensor, w: torch.Tensor, w_s: torch.Tensor, ue8m0: bool
 ) -> Outputs:
-    if a.is_cuda and torch.cuda.get_device_capability(a.device)[0] != HOPPER:
-        # It would first convert these scales, in every call.
-        raise PeerAbsent("float32 scales are DeepGEMM's layout on sm_90 only")
-    multiply, out = _get(_load_deepgemm), _empty(a, w)
+    require_float32_layout(a)
+    multiply, out = loaded(_load_deepgemm), _empty(a, w)
     multiply((a, a_s), (w, w_s), out, is_deep_gemm_e8m0_used=ue8m0)
     return [out]
 
@@ -101,11 +95,11 @@ def _cutlass(a: torch.Tensor, a_s: torch.Tensor, w: torch.Tensor, w_s: torch.Ten
 
 
 def _triton(a: torch.Tensor, a_s: torch.Tensor, w: torch.Tensor, w_s: torch.Tensor) -> Outputs:
-    return [_get(_load_triton)(a, w, a_s, w_s, [BLOCK, BLOCK], torch.bfloat16)]
+    return [loaded(_load_triton)(a, w, a_s, w_s, [BLOCK, BLOCK], torch.bfloat16)]
 
 
 def _flashinfer(inputs: Inputs) -> Outputs:
-    multiply = _get(_load_flashinfer)
+    multiply = loaded(_load_flashinfer)
     x, w, w_s = inputs["x"], inputs["w"], inputs["w_s"]
     return [multiply(input=x, weight=w, weight_scale=w_s, out_dtype=torch.bfloat16)]
 
@@ -130,19 +124,3 @@ def _load_flashinfer() -> Any:
     from vllm.utils.flashinfer import flashinfer_fp8_blockscale_gemm
 
     return flashinfer_fp8_blockscale_gemm
-
-
-def _get(load: Callable[[], Any]) -> Any:
-    function, reason = _try(load)
-    if reason is not None:
-        raise PeerAbsent(reason)
-    return function
-
-
-@cache
-def _try(load: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What load gives, and why it failed: an import is tried once, and by a capture never."""
-    try:
-        return load(), None
-    except Exception as error:  # a broken install raises anything
-        return None, f"cannot be imported: {type(error).__name__}: {error}"

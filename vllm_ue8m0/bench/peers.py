@@ -16,6 +16,7 @@ the same. `fused_add_rms_norm` and `rms_norm_per_block_quant` add into the resid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from .case import Inputs, Operator, Outputs
 
 E4M3 = torch.float8_e4m3fn
 GROUP = 128
+HOPPER = 9
 _QUANT_ARGUMENTS = (GROUP, 1e-10, -448.0, 448.0)  # group, eps, smallest and largest code
 Peers = tuple[dict[str, Operator], dict[str, Operator]]
 
@@ -158,3 +160,26 @@ def _import_error() -> str | None:
     except Exception as error:  # a broken install raises anything
         return f"vLLM cannot be imported: {type(error).__name__}: {error}"
     return None
+
+
+def loaded(load: Callable[[], Any]) -> Any:
+    """What load() imports; PeerAbsent says why it cannot."""
+    found, reason = _try(load)
+    if reason is not None:
+        raise PeerAbsent(reason)
+    return found
+
+
+@cache
+def _try(load: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What load gives, and why it failed: an import is tried once, and by a capture never."""
+    try:
+        return load(), None
+    except Exception as error:  # a broken install raises anything
+        return None, f"cannot be imported: {type(error).__name__}: {error}"
+
+
+def require_float32_layout(tensor: torch.Tensor) -> None:
+    """PeerAbsent where DeepGEMM would first convert float32 scales, in every call."""
+    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] != HOPPER:
+        raise PeerAbsent("float32 scales are DeepGEMM's layout on sm_90 only")
