@@ -9,7 +9,8 @@ from fake_clock import COPIES, DEVICE, MACHINE, VERSIONS, FakeClock
 
 from vllm_ue8m0 import portable, reference
 from vllm_ue8m0.bench import BenchError, quant
-from vllm_ue8m0.bench.case import Case
+from vllm_ue8m0.bench.case import Case, Shared, Work
+from vllm_ue8m0.bench.roof import Roof
 from vllm_ue8m0.bench.run import run
 
 
@@ -128,6 +129,74 @@ def test_the_check_of_a_peer_spoils_no_inputs():
     peers = {"first": in_place, "second": in_place}
     assert measure(small_case(peers=peers), Watch()).peers_us == {"first": 7.0, "second": 7.0}
     assert values[0] > 105  # the byte of a group of zeros
+
+
+def shared_case(name, drawn, M=5):
+    """act_quant that also gets a large tensor; `drawn` has what ours and a peer got, by draw."""
+
+    def draw(generator):
+        drawn.append((name, []))
+        return {"large": torch.rand(1000, generator=generator, device=DEVICE)}
+
+    def ours(inputs):
+        drawn[-1][1].append(inputs["large"])
+        return small_case().ours(inputs)
+
+    return small_case(M=M, ours=ours, peers={"theirs": ours}, shared=Shared(name, draw))
+
+
+def test_shared_inputs_are_drawn_once_for_cases_in_a_row():
+    drawn = []
+    cases = [shared_case(name, drawn, M) for name, M in (("a", 5), ("a", 6), ("b", 5), ("a", 5))]
+    for record in run(cases, FakeClock(), MACHINE, lambda line: None, DEVICE):
+        assert record.peers_us == {"theirs": 7.0}
+    assert [name for name, _ in drawn] == ["a", "b", "a"]
+    for _, tensors in drawn:  # the peer gets no copy of it
+        assert len({tensor.data_ptr() for tensor in tensors}) == 1
+    first, other, again = (tensors[0] for _, tensors in drawn)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_shared_inputs_take_no_memory_of_the_rotation():
+    class Little(FakeClock):
+        def free_bytes(self):
+            return 200_000
+
+    def sharing(elements):
+        return Shared(str(elements), lambda generator: {"large": torch.empty(elements)})
+
+    clock = Little()
+    run_copies = []
+    for elements in (1, 1 << 20):
+        measure(small_case(shared=sharing(elements)), clock)
+        run_copies.append(clock.seen[-1][1:])
+    assert run_copies == [(4, 20)] * 2
+
+
+def test_work_that_depends_on_values_is_the_mean_of_the_calls():
+    positive = []
+
+    def work(inputs):
+        positive.append(int((inputs["x"] > 0).sum()))
+        return Work(3000 * positive[-1], 1000 * positive[-1])
+
+    case = small_case(num_bytes=1, flops=1, work=work, min_copies=24)
+    roof = Roof(2.0, 1.0)
+    clock = FakeClock()
+    (record,) = run([case], clock, MACHINE, lambda line: None, DEVICE, roof)
+    (_, copies, calls) = clock.seen[0]
+    assert copies == calls == len(positive) == 100  # of so few bytes
+    assert len(set(positive)) > 10
+    assert record.num_bytes == round(3000 * sum(positive) / 100)
+    assert record.flops == round(1000 * sum(positive) / 100)
+    assert record.limit_us == round(max(record.num_bytes / 2, record.flops) / 1e6, 3)
+
+
+def test_calls_that_are_no_multiple_of_the_copies_are_counted():
+    amounts = iter(range(1, 8))  # of 7 copies in 20 calls the last is called twice, others thrice
+    case = small_case(flops=1, work=lambda inputs: Work(100 * next(amounts), 1), min_copies=7)
+    (record,) = run([case], FakeClock(), MACHINE, lambda line: None, DEVICE, Roof(2.0, 1.0))
+    assert record.num_bytes == 100 * (3 * (1 + 2 + 3 + 4 + 5 + 6) + 2 * 7) // 20
 
 
 def test_what_cannot_be_captured():

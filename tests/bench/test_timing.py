@@ -24,6 +24,12 @@ def test_copies(num_bytes: int, footprint: int, copies: int, calls: int):
     assert plan_copies(num_bytes, footprint, L2, FREE) == (copies, calls)
 
 
+def test_a_case_may_want_more_copies():
+    assert plan_copies(700 << 20, 1 << 20, L2, FREE, least=32) == (32, 32)
+    assert plan_copies(3 << 20, 1 << 20, L2, FREE, least=32) == (50, 50)  # L2 wants as many
+    assert plan_copies(700 << 20, 3 << 30, L2, FREE, least=32) == (13, 20)  # and memory allows
+
+
 def test_summary():
     timing = summarize([float(t) for t in (*range(101, 111), *range(90, 100), 100)])  # 90 .. 110
     assert timing.time_us == 100

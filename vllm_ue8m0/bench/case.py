@@ -9,11 +9,32 @@ from typing import TypeAlias
 import torch
 
 from .records import Variant, describe_variant
+from .timing import MIN_COPIES
 
 Inputs: TypeAlias = dict[str, torch.Tensor]
 Outputs: TypeAlias = list[torch.Tensor]
 Operator: TypeAlias = Callable[[Inputs], Outputs]
 Agree: TypeAlias = Callable[[Outputs, Outputs], str | None]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Inputs that are too large to be drawn for every copy, or for every case.
+
+    Cases of an equal name in a row get the same tensors, which no copy rotates over and no peer
+    may write to. The name also seeds the values, so that they do not depend on which cases ran.
+    """
+
+    name: str
+    draw: Callable[[torch.Generator], Inputs]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call has to read and write, and to multiply and add; flops as in a case."""
+
+    num_bytes: int
+    flops: int | None
 
 
 @dataclass(frozen=True)
@@ -24,6 +45,10 @@ class Case:
     inputs      draws one copy of the inputs; called once per copy, each time with other values
     ours        the operator under test; it returns every tensor that it allocates for a result
     flops       of a product, whose limit is the roof's; None: the limit is a copy of num_bytes
+    work        num_bytes and flops of a copy, where they depend on its values: the record has the
+                mean of the calls, and those of the case are the least, which plans the rotation
+    shared      inputs that operators get besides
+    min_copies  copies to rotate over at the least, where one is no fair sample of the values
     single      timed as single launches, as in a prefill, not in a graph of calls
     peers       other implementations of the same work: name -> operator. One that raises when it
                 is first called is absent, and the error is the reason. One may write to its
@@ -52,6 +77,9 @@ class Case:
     context: Mapping[str, Operator] = field(default_factory=dict)
     agree_with: Mapping[str, Agree] = field(default_factory=dict)
     flops: int | None = None
+    work: Callable[[Inputs], Work] | None = None
+    shared: Shared | None = None
+    min_copies: int = MIN_COPIES
     single: bool = False
     quick: bool = False
 

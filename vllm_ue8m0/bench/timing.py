@@ -43,13 +43,15 @@ class Timing:
     spread: float
 
 
-def plan_copies(num_bytes: int, footprint: int, l2_bytes: int, free_bytes: int) -> tuple[int, int]:
+def plan_copies(
+    num_bytes: int, footprint: int, l2_bytes: int, free_bytes: int, least: int = MIN_COPIES
+) -> tuple[int, int]:
     """How many copies of a case's buffers to rotate over, and how many calls a graph makes.
 
     num_bytes: moved by one call; footprint: memory that one more copy takes, of all candidates
     together. Of the limits memory is the hardest, but a rotation has at least two copies.
     """
-    copies = max(MIN_COPIES, -(-ROTATION * l2_bytes // num_bytes))
+    copies = max(least, -(-ROTATION * l2_bytes // num_bytes))
     affordable = int(free_bytes * MEMORY_SHARE) // footprint
     copies = max(2, min(copies, MAX_COPIES, affordable))
     return copies, max(copies, MIN_CALLS)
