@@ -35,6 +35,20 @@ def weight(generator: torch.Generator, N: int, K: int, scale: str) -> tuple[torc
     return codes, convert_scale_from_ue8m0(sf) * factors
 
 
+def expert_weights(
+    generator: torch.Generator, experts: int, N: int, K: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`weight` of every expert: codes [experts, N, K] and UE8M0 scales, drawn one by one."""
+    device, grid = generator.device, (ceil_div(N, BLOCK), ceil_div(K, BLOCK))
+    codes = torch.empty(experts, N, K, dtype=torch.float8_e4m3fn, device=device)
+    sf = torch.empty(experts, *grid, dtype=torch.uint8, device=device)
+    for codes_of_one, sf_of_one in zip(codes, sf, strict=True):
+        drawn, scales = weight(generator, N, K, "ue8m0")
+        codes_of_one.copy_(drawn)
+        sf_of_one.copy_(scales)
+    return codes, sf
+
+
 def quantized_bytes(M: int, K: int, scale: str, layout: str = "row_major") -> int:
     """Codes [M, K] and their scales; padding of column-major scales is not written."""
     groups = ceil_div(K, BLOCK)
