@@ -2,7 +2,8 @@
 
 Results of one variant at three or more M are lines over M. What is left of an operator is one
 panel with a row per result, as multiples of our time, so that sizes can be compared. Products of
-one benchmark are points under the roof: speed over flops per byte.
+one benchmark are points under the roof: speed over flops per byte; but a layer of products, which
+has no single N, is lines over M.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ COLORS = (  # ours is the first
     pictures.BLUE, pictures.VERMILION, pictures.GREEN, pictures.PINK, pictures.ORANGE, pictures.SKY
 )  # fmt: skip
 GRAY = "#666666"
-LIMIT = "copy of as many bytes"
+LIMIT, ROOF = "copy of as many bytes", "roof"
 
 Times = Callable[[Record], float | None]
 Series = tuple[str, Times, dict[str, Any]]
@@ -54,7 +55,7 @@ def _draw(pyplot: Any, records: Sequence[Record]) -> Any:
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax, (title, group, draw) in zip(axes.flat, panels, strict=False):
         draw(ax, group)
-        ax.set_title(title, fontsize=10)
+        ax.set_title(fill(title, 64), fontsize=10)
     for ax in list(axes.flat)[len(panels) :]:
         ax.set_visible(False)
     measured = dict.fromkeys(f"{record.gpu}, {record.date}" for record in records)
@@ -66,7 +67,7 @@ def _draw(pyplot: Any, records: Sequence[Record]) -> Any:
 
 def _panels(records: Sequence[Record]) -> list[tuple[str, list[Record], Draw]]:
     """(title, records, how to draw them) of one operator."""
-    products = [record for record in records if record.flops and record.num_bytes]
+    products = [record for record in records if record.flops and record.num_bytes and record.N]
     if products:
         return [(records[0].bench, products, _draw_roofline)]
     series: dict[tuple[object, ...], list[Record]] = {}
@@ -108,7 +109,8 @@ def _series(records: Sequence[Record]) -> list[Series]:
         label = name if kind == "peers_us" else f"{name} (other work)"
         series.append((label, times(kind, name), style))
     limit = {"color": GRAY, "linestyle": "--", "marker": "|"}
-    series.append((LIMIT, lambda record: record.limit_us, limit))
+    bound = ROOF if any(record.roof for record in records) else LIMIT
+    series.append((bound, lambda record: record.limit_us, limit))
     empty = {"color": GRAY, "linestyle": ":", "marker": "."}
     series.append(("empty kernel", times("context_us", EMPTY), empty))
     return series
@@ -161,7 +163,7 @@ def _draw_roofline(ax: Any, records: Sequence[Record]) -> None:
             for x, record in zip(intensities, records, strict=True)
             if (t := time_us(record)) is not None
         ]
-        if points and label != LIMIT:
+        if points and label not in (LIMIT, ROOF):
             marks = {"alpha": 0.8, **style, "linestyle": "none", "markersize": 4}
             ax.plot(*zip(*points, strict=True), label=label, **marks)
     roofs = {tuple(sorted(record.roof.items())) for record in records if record.roof}
