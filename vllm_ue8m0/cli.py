@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from . import __version__, cli_serving, cli_values
-from .bench import GEMM_BENCHES, QUANT_OPS, BenchError
+from .bench import GEMM_BENCHES, MOE_LAYERS, QUANT_OPS, BenchError
 from .checkpoint.shards import CheckpointError
 from .evaluate import EvalError
 from .formats import ConfigError
@@ -152,7 +152,8 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
     quant = add("quant", "time the quantizers on this machine's GPU, beside vLLM's and a copy")
     gemm = add("gemm", "time the dense products on this machine's GPU, beside DeepGEMM and others")
-    for measured, names in ((quant, QUANT_OPS), (gemm, GEMM_BENCHES)):
+    moe = add("moe", "time DeepSeek-V3's routed experts on this machine's GPU, beside vLLM's")
+    for measured, names in ((quant, QUANT_OPS), (gemm, GEMM_BENCHES), (moe, MOE_LAYERS)):
         measured.add_argument(
             "--only", nargs="+", choices=names, default=[], metavar="NAME", help=", ".join(names)
         )
@@ -184,6 +185,8 @@ def _bench(options: Options) -> None:
         command.quant(options.only, options.quick, options.out, options.plot)
     elif options.benchmark == "gemm":
         command.gemm(options.only, options.quick, options.shape, options.out, options.plot)
+    elif options.benchmark == "moe":
+        command.moe(options.only, options.quick, options.out, options.plot)
     elif options.benchmark == "show":
         command.show(options.records)
     else:

@@ -1,4 +1,4 @@
-"""`bench quant` and `bench gemm` from the command line to their files; the clock needs no GPU."""
+"""`bench quant`, `gemm` and `moe` from the command line to their files; the clock needs no GPU."""
 
 from dataclasses import replace
 from functools import partial
@@ -8,7 +8,7 @@ import pytest
 from fake_clock import DEVICE, MACHINE, FakeClock
 
 from vllm_ue8m0 import dispatch, reference
-from vllm_ue8m0.bench import gemm, machine, quant, records, roof, run, table, timing
+from vllm_ue8m0.bench import gemm, machine, moe, quant, records, roof, run, table, timing
 from vllm_ue8m0.cli import main
 
 
@@ -29,6 +29,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list:
         )
         return [replace(case, peers={}, context={}) for case in cases]  # some compile for minutes
 
+    def layers(backend, only, quick):
+        asked.append((backend, only, quick))
+        layer = moe.Layer("TP2", 4, 4, 256, 128, 2)
+        cases = [moe.experts(backend, layer, "uniform", tokens) for tokens in (1, 2, 5)]
+        return [replace(case, peers={}) for case in cases]
+
     class Reference:
         def load(self):
             return reference
@@ -40,6 +46,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list:
     monkeypatch.setattr(run, "run", partial(run.run, device=DEVICE))
     monkeypatch.setattr(quant, "cases", cases)
     monkeypatch.setattr(gemm, "cases", products)
+    monkeypatch.setattr(moe, "cases", layers)
     monkeypatch.setattr(roof, "measure", lambda clock: roof.Roof(3.0, 1500.0))
     return asked
 
@@ -81,6 +88,38 @@ def test_gemm(asked: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "roof: reads 3.0 TB/s, FP8 products 1500.0 TFLOPS" in captured.err
     assert "[2/2] decode_linear M=2 N=128 K=256" in captured.err
     assert "3.00 TB/s, 1500 TFLOPS" in picture.read_text()
+
+
+def test_moe(asked: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    out, picture = tmp_path / "results.jsonl", tmp_path / "results.svg"
+    arguments = ["--only", "tp8_uniform", "--out", str(out), "--plot", str(picture)]
+    assert main(["bench", "moe", *arguments]) == 0
+    assert asked == [(reference, ["tp8_uniform"], False)]
+    measured = records.read(out)
+    assert [(r.bench, r.M, r.N, r.K) for r in measured] == [
+        ("moe_layer", tokens, None, 256) for tokens in (1, 2, 5)
+    ]
+    variant = {"parallel": "TP2", "routing": "uniform", "experts": 4, "intermediate": 128}
+    assert {**variant, "topk": 2, "scale": "ue8m0"} == measured[0].variant
+    captured = capsys.readouterr()
+    assert captured.out == table.render(measured) + "\n"
+    assert "roof: reads 3.0 TB/s" in captured.err
+    assert "[3/3] moe_layer M=5 K=256 TP2 uniform experts=4 intermediate=128 topk=2 ue8m0" in (
+        captured.err
+    )
+    text = picture.read_text()  # over M, beside the roof
+    assert "moe_layer, K=256, TP2 uniform experts=4" in text and ">roof<" in text
+    assert "lower is better" in text
+    assert main(["bench", "show", str(out)]) == 0
+    assert capsys.readouterr().out == captured.out
+    assert main(["bench", "plot", str(out), str(tmp_path / "again.svg")]) == 0
+
+
+def test_only_takes_the_names_of_layers(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["bench", "moe", "--only", "tp2_uniform"])
+    assert "'tp1_uniform', 'tp1_skewed', 'tp1_single'" in capsys.readouterr().err
 
 
 def test_nothing_is_written_unasked(asked: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""`bench quant --quick`, `bench gemm --quick` and `tune`, for real."""
+"""`bench quant`, `gemm` and `moe` with --quick, and `tune`, for real."""
 
 import json
 from pathlib import Path
@@ -46,6 +46,20 @@ def test_quick_products(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert 1.0 < record.ours_us < 10_000
         assert 0.5 < record.roof["tb_per_s"] < 10 and 50 < record.roof["tflops"] < 10_000
         # Faster than the roof by far would have been measured in the cache, or not at all.
+        assert record.limit_us < 1.1 * record.ours_us
+
+
+def test_quick_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "results.jsonl"
+    only = ["tp8_uniform", "ep8_uniform"]  # 1.4 GB of weights each
+    assert main(["bench", "moe", "--quick", "--only", *only, "--out", str(path)]) == 0
+    assert "[4/4] moe_layer M=2048" in capsys.readouterr().err
+    records = read(path)
+    assert [(r.variant["parallel"], r.M) for r in records] == [
+        (parallel, M) for parallel in ("TP8", "EP8") for M in (1, 2048)
+    ]
+    for record in records:
+        assert 1.0 < record.ours_us < 100_000
         assert record.limit_us < 1.1 * record.ours_us
 
 

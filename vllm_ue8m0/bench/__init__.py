@@ -5,6 +5,7 @@ case.py      what is measured: inputs, our operator, its peers, the bytes it has
 quant.py     the quantizers' cases, their inputs from operands.py, their checks in gate.py,
              vLLM's operators beside them in peers.py
 gemm.py      the products' cases, gemm_peers.py beside them
+moe.py       the routed experts' cases, tokens drawn by routing.py, moe_peers.py beside them
 run.py       a case -> a record: check first, then time; machine.py says where
 timing.py    how time is taken, the same for ours, peers and what bounds them: of quantizers a
              copy (limit.py), of products a roof (roof.py)
@@ -18,6 +19,8 @@ A new benchmark is a module of cases like quant.py. Importing this package loads
 QUANT_OPS = ("act_quant", "silu_mul_quant", "rms_norm_quant", "weight_quant", "weight_dequant")
 
 GEMM_BENCHES = ("prefill_gemm", "middle_gemm", "decode_gemm", "decode_linear")
+
+MOE_LAYERS = ("tp1_uniform", "tp1_skewed", "tp1_single", "tp8_uniform", "ep8_uniform")
 
 
 class BenchError(RuntimeError):

@@ -37,6 +37,16 @@ def gemm(
     measure(selected, ("gemm", "linear"), out, picture, with_roof=True)
 
 
+def moe(only: Sequence[str], quick: bool, out: str | None, picture: str | None) -> None:
+    """Measure the routed experts on this machine's GPU."""
+    from .moe import cases
+
+    def selected(backend: ModuleType) -> Sequence[Case]:
+        return cases(backend, only, quick)
+
+    measure(selected, ("experts",), out, picture, with_roof=True)
+
+
 def measure(
     cases: Callable[..., Sequence[Case]],
     operators: Sequence[str],

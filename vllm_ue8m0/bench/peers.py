@@ -1,9 +1,9 @@
 """vLLM's CUDA operators, as peers and context of ours (signatures of vLLM 0.26).
 
-Besides plugin/compat.py, this module and gemm_peers.py alone import vLLM: they measure its
-kernels, and nothing that serves imports them. vLLM is imported when a peer is first called; what is
-missing, or refuses, raises, and the caller reports that peer as absent. Each function gives (peers,
-context) by name:
+Besides plugin/compat.py, only the modules of peers import vLLM: they measure its kernels, and
+nothing that serves imports them. vLLM is imported when a peer is first called; what is missing, or
+refuses, raises, and the caller reports that peer as absent. Each function gives (peers, context) by
+name:
 
   vllm              the group quantizer
   vllm_pair         two kernels, the elementwise operator and then the group quantizer

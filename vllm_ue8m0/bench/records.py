@@ -5,11 +5,12 @@
    "ours": "portable kernels/act_quant.py", "gpu": "...", "versions": {"torch": "...", ...},
    "date": "YYYY-MM-DD", "flops": null, "roof": null, "scale": "ue8m0", "layout": "row_major"}
 
-M, N, K       null where the operator has no such size
+M, N, K       null where the operator has no such size; of moe_layer tokens, null, the hidden size
 peers_us      other implementations of the same work; context_us: of other work
 limit_us      a copy of num_bytes, half read and half written, or what the roof says; null: none
 num_bytes     what the operator has to read and write; null if that says nothing
-flops         2 M N K of a product, null for what is limited by bytes alone
+flops         2 M N K of a product, or of a layer's products together; null for what is limited by
+              bytes alone. Both are a mean over calls where they depend on the routing
 roof          of a product: {"tb_per_s": reads, "tflops": FP8 products} that this GPU reached in
               the same run; limit_us is the larger of num_bytes and flops over these
 versions      of torch, triton, vllm, vllm_ue8m0, cuda, driver; null for what is absent
