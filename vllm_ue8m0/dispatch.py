@@ -28,11 +28,7 @@ QUANT_OPERATORS = (
 PRODUCT_OPERATORS = ("gemm", "linear", "experts")
 OPERATORS = QUANT_OPERATORS + PRODUCT_OPERATORS
 SM90_OPERATORS = ("gemm", "linear")
-# Triton's e4m3 (fp8e4nv) starts at sm_89; before it, codes are bytes and integer arithmetic.
-MIN_CAPABILITY = {
-    **dict.fromkeys(QUANT_OPERATORS, (8, 0)),
-    **dict.fromkeys(PRODUCT_OPERATORS, (8, 9)),
-}
+MIN_CAPABILITY = (8, 0)  # Triton's, and bf16's
 
 
 @dataclass(frozen=True)
@@ -52,9 +48,9 @@ def _portable_supports(op: str, device_type: str, explicit: bool) -> tuple[bool,
     if find_spec("triton") is None:
         return False, "triton is not installed"
     if device_type == "cuda":
-        capability, least = torch.cuda.get_device_capability(), MIN_CAPABILITY[op]
-        if capability < least:
-            return False, f"needs {_sm(least)} or newer, this GPU is {_sm(capability)}"
+        capability = torch.cuda.get_device_capability()
+        if capability < MIN_CAPABILITY:
+            return False, f"needs {_sm(MIN_CAPABILITY)} or newer, this GPU is {_sm(capability)}"
         return True, f"Triton kernels for {_sm(capability)}"
     if os.environ.get("TRITON_INTERPRET") == "1" and explicit:
         return True, "Triton's CPU interpreter (TRITON_INTERPRET=1)"

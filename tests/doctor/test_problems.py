@@ -18,7 +18,7 @@ def test_nothing_is_wrong_with_a_good_installation():
 
 
 def kernels(*outcomes):
-    return [Kernel(op, "portable", status, "needs sm_89") for op, status in outcomes]
+    return [Kernel(op, "portable", status, "needs sm_80") for op, status in outcomes]
 
 
 NO_TORCH = replace(CPU, torch_error="ImportError: libcudart.so.13", device=None, kernels=[])
@@ -68,7 +68,7 @@ CASES = {
     "no_kernel": (
         replace(HOPPER, kernels=OLD),
         HOPPER_VLLM,
-        "no kernel for gemm, linear: portable: needs sm_89",
+        "no kernel for gemm, linear: portable: needs sm_80",
         "UE8M0_BACKEND=reference",
         True,
     ),

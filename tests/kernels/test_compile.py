@@ -31,13 +31,17 @@ def test_quantization_compiles(capability):
         assert ("griddepcontrol.wait" in line) == pdl, f"{name}: {line}"
 
 
-@pytest.mark.parametrize("capability", [89, 90])
+# Bytes before sm_89, there with fp16 operands; on sm_90 too if the rows are too few for wgmma.
+FP16_DOT = "m16n8k16.row.col.f32.f16"
+DOTS = {80: FP16_DOT, 89: "m16n8k32.row.col.f32.e4m3", 90: "m64n128k32.f32.e4m3"}
+
+
+@pytest.mark.parametrize("capability", DOTS)
 def test_products_compile(capability):
     lines = report(__file__, capability)
     for rows in (16, 1024):
-        instruction = "m16n8k32.row.col.f32.e4m3" if capability == 89 else "m64n128k32.f32.e4m3"
-        if (capability, rows) != (90, 16):  # too few rows for wgmma: fp16 operands, as exact
-            assert instruction in lines[f"gemm {rows}"]
+        instruction = FP16_DOT if (capability, rows) == (90, 16) else DOTS[capability]
+        assert instruction in lines[f"gemm {rows}"]
         assert number(lines[f"gemm {rows}"], "bytes spilled") == 0
     assert "gemm bf16" in lines and "grouped_gemm" in lines
 
@@ -118,22 +122,24 @@ def compile_quantization(build, capability: int) -> None:
         build(f"weight_dequant {name}", kernel, pointers, constants, num_warps=warps)
 
 
-def compile_products(build) -> None:
+def compile_products(build, capability: int) -> None:
     import torch
 
     from vllm_ue8m0.kernels import gemm, grouped_gemm
+
+    codes = CODES if capability >= 89 else BYTES
 
     def build_gemm(name, rows, dtype, kernel, pointers, constants):
         gran = (128, 128)
         config = gemm.tile_config(rows, dtype, gran)
         options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
-        a = CODES if dtype == torch.float8_e4m3fn else BF16
-        pointers = {"a": a, "w": CODES, "sf": BYTES, "out": BF16, **pointers}
-        if a == CODES:
+        a = codes if dtype == torch.float8_e4m3fn else BF16
+        pointers = {"a": a, "w": codes, "sf": BYTES, "out": BF16, **pointers}
+        if a == codes:
             pointers["a_s"] = BYTES
         else:
             constants["a_s"] = None
-        flags = {"HAS_C": False, "c": None, "EVEN_K": True, "QUANTIZED": a == CODES}
+        flags = {"HAS_C": False, "c": None, "EVEN_K": True, "QUANTIZED": a == codes}
         grans = {"GRAN_N": gran[0], "GRAN_K": gran[1]}
         build(name, kernel, pointers, {**constants, **flags, **grans, **config}, **options)
 
@@ -155,5 +161,5 @@ def compile_products(build) -> None:
 if __name__ == "__main__":
     compiler = Compiler(int(sys.argv[1]))
     compile_quantization(compiler.build, compiler.capability)
-    if compiler.capability in (89, 90):
-        compile_products(compiler.build)
+    if compiler.capability in DOTS:
+        compile_products(compiler.build, compiler.capability)

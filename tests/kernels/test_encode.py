@@ -6,8 +6,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from checks import same_bits
 
-from vllm_ue8m0.kernels.ue8m0 import encode_e4m3, encode_e4m3_sm89
+from vllm_ue8m0.kernels.ue8m0 import encode_e4m3, encode_e4m3_sm89, expand
 
 
 @triton.jit
@@ -37,3 +38,17 @@ def test_rounds_once(device, path):
     nan = np.isnan(values)
     np.testing.assert_array_equal(got[~nan], wanted[~nan])
     assert (got[nan] & 0x7F == 0x7F).all()
+
+
+@triton.jit
+def _expand_kernel(codes, out):
+    i = tl.arange(0, 256)
+    tl.store(out + i, expand(tl.load(codes + i)))
+
+
+def test_codes_are_expanded_exactly(device):
+    codes = torch.arange(256, dtype=torch.uint8, device=device)
+    out = torch.empty(256, dtype=torch.float16, device=device)
+    _expand_kernel[(1,)](codes, out)
+    wanted = codes.view(torch.float8_e4m3fn).to(torch.float16)
+    assert same_bits(out, wanted)

@@ -86,6 +86,25 @@ def test_activations_not_quantized(device, M, N, K, gran, dtype, w_dtype):
     check(wide[:, K:], None, w, sf, gran, F32)
 
 
+@pytest.mark.parametrize("M", [3, 65])
+@pytest.mark.parametrize("quantized", [True, False])
+def test_codes_as_bytes(device, monkeypatch, M, quantized):
+    """As before sm_89; tensor cores sum fp16 operands more exactly than e4m3."""
+    from vllm_ue8m0.kernels import gemm as kernel
+
+    def as_bytes(codes):
+        return codes.view(U8) if codes.dtype == E4M3 else codes
+
+    a, a_s, w, sf = operands(M, 192, 320, device)
+    if not quantized:
+        a, a_s = torch.randn(M, 320, device=device).to(BF16), None
+    monkeypatch.setattr(kernel, "kernel_codes", as_bytes)
+    check(a, a_s, w, sf)
+    w.view(U8)[5, 7] = 0x7F
+    out = portable.gemm(a, a_s, w, sf, None, None, GRAN, BF16)
+    assert out[:, 5].isnan().all() and not out[:, :5].isnan().any()
+
+
 def test_all_positive(device):
     """Hopper's fp8 accumulator truncates: summed over all of K it would shrink this by percents."""
     a, a_s, w, sf = operands(65, 128, 2048, device)

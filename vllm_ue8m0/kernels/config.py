@@ -78,6 +78,18 @@ def weight_quant_warps(ue8m0: bool) -> int:
     return 8 if ue8m0 else 4
 
 
+def kernel_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Codes of a product as its kernel reads them: bytes before sm_89, where Triton has no e4m3."""
+    if codes.dtype == torch.float8_e4m3fn and codes.is_cuda and not _has_e4m3(codes.device.index):
+        return codes.view(torch.uint8)
+    return codes
+
+
+@cache
+def _has_e4m3(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index) >= (8, 9)
+
+
 def batch_invariant() -> bool:
     """Whether a row's result shall not depend on the batch at all: vLLM's VLLM_BATCH_INVARIANT.
 

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import batch_invariant
+from .config import batch_invariant, kernel_codes
 from .ue8m0 import decode, dot, round_to, split, to_float
 
 
@@ -148,7 +148,7 @@ def launch(
     grid = (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)
     # The row stride of a single row is arbitrary and must not select another compilation.
     _gemm_kernel[grid](
-        a, a_s, w, sf, c, bias, out, M, N, K,
+        kernel_codes(a), a_s, kernel_codes(w), sf, c, bias, out, M, N, K,
         a.stride(0) if M > 1 else K, 0 if a_s is None else a_s.shape[1], w.stride(0), sf.stride(0),
         out.stride(0),
         GRAN_N=gran[0], GRAN_K=gran[1], HAS_C=c is not None, HAS_BIAS=bias is not None,

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .config import kernel_codes
 from .gemm import multiply
 from .ue8m0 import round_to, to_float
 
@@ -92,7 +93,8 @@ def launch(
     (E, N, K), (tile_expert, tile_start, ends) = w.shape, tiles
     grid = (tile_expert.shape[0], triton.cdiv(N, config["BLOCK_N"]))
     _grouped_gemm_kernel[grid](
-        a, a_s, w, sf, c, out, order, slot_weights, tile_expert, tile_start, ends, N, K,
+        kernel_codes(a), a_s, kernel_codes(w), sf, c, out, order, slot_weights, tile_expert,
+        tile_start, ends, N, K,
         a.stride(0) if a.shape[0] > 1 else K, 0 if a_s is None else a_s.shape[1],
         w.stride(0), w.stride(1), sf.stride(0), sf.stride(1), 0 if c is None else c.stride(0),
         E, topk,

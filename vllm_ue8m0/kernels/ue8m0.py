@@ -5,7 +5,7 @@ decode             scale bytes -> float32, all 256 codes exactly (0 -> 2^-127, 2
 split              scale bytes -> two factors of about half the exponent each
 quantize           float32 [ROWS, GROUP] -> e4m3 code bytes, one scale per row
 divide             float32 [ROWS, GROUP] / [ROWS], correctly rounded
-to_float, encode_e4m3, round_to, dot     conversions and the tile product
+to_float, expand, encode_e4m3, round_to, dot     conversions and the tile product
 
 Triton's interpreter holds bf16 and e4m3 as raw integers (triton-lang/triton#4972): its tl.dot
 multiplies bf16 bit patterns, its conversions to bf16 and e4m3 do not round to nearest even, and
@@ -126,16 +126,31 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def expand(codes):
+    """e4m3 codes in uint8 -> fp16, exact; NaN stays NaN."""
+    code = codes.to(tl.int16)
+    # Exponent and mantissa moved up are an fp16 with an exponent 8 too small.
+    bits = ((code & 0x7F) << 7) | ((code & 0x80) << 8)
+    value = bits.to(tl.float16, bitcast=True) * 256.0
+    return tl.where((code & 0x7F) == E4M3_NAN, float("nan"), value).to(tl.float16)
+
+
+@triton.jit
 def dot(a, w):
     """a [M, K] times e4m3 w [K, N] -> float32 [M, N]; e4m3 is exact in every type of a.
 
-    Without an accumulator argument: Hopper's fp8 accumulator keeps about 14 bits, so the caller
-    adds the product of one scale group at a time in float32.
+    Codes are e4m3, or uint8 where Triton has no e4m3: before sm_89. Without an accumulator
+    argument: Hopper's fp8 accumulator keeps about 14 bits, so the caller adds the product of one
+    scale group at a time in float32.
     """
     if INTERPRET:
         return tl.dot(to_float(a), to_float(w), input_precision="ieee")
     elif a.dtype == tl.float8e4nv:
         return tl.dot(a, w)
+    elif a.dtype == tl.uint8:
+        return tl.dot(expand(a), expand(w))
+    elif w.dtype == tl.uint8:
+        return tl.dot(a, to_float(w).to(a.dtype), input_precision="ieee")
     else:
         # By way of float32: Triton 3.6's direct e4m3 -> bf16 does not assemble for sm_89.
         return tl.dot(a, w.to(tl.float32).to(a.dtype), input_precision="ieee")

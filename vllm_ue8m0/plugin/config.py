@@ -51,7 +51,7 @@ class Ue8m0Config(compat.QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        return 89
+        return 80
 
     @staticmethod
     def get_config_filenames() -> list[str]:

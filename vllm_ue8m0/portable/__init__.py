@@ -2,7 +2,7 @@
 
 Same operators, signatures and results as `reference`; these modules allocate outputs, route, and
 launch. Nothing here waits for the device, so that everything can be captured in a CUDA graph, but
-`weight_quant`, which refuses NaN. Quantization runs on sm_80 and newer, products on sm_89.
+`weight_quant`, which refuses NaN. All run on sm_80 and newer.
 """
 
 from .products import describe, experts, gemm, linear
