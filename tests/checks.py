@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 E4M3 = torch.float8_e4m3fn
 
@@ -80,3 +81,16 @@ def expert_operands(
     x = torch.randn(M, H, device=device).to(dtype)
     ids = torch.rand(M, E, device=device).argsort(1)[:, :topk].contiguous()
     return [x, w13, sf13, None, w2, sf2, None, torch.rand(M, topk, device=device), ids, gran, gran]
+
+
+class NoSynchronization(TorchDispatchMode):
+    """Refuses operators whose result or shape the host has to wait for."""
+
+    BANNED = ("_local_scalar_dense", "nonzero", "unique", "bincount", "masked_select", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert not any(banned in name for banned in self.BANNED), name
+        index = args[1] if name.startswith("index") and len(args) > 1 else []
+        assert not any(getattr(i, "dtype", None) == torch.bool for i in index or [])
+        return func(*args, **(kwargs or {}))

@@ -25,7 +25,7 @@ QUANT_OPERATORS = (
     "weight_quant",
     "weight_dequant",
 )
-PRODUCT_OPERATORS = ("gemm", "linear", "experts")
+PRODUCT_OPERATORS = ("gemm", "linear", "experts", "batched_experts")
 OPERATORS = QUANT_OPERATORS + PRODUCT_OPERATORS
 SM90_OPERATORS = ("gemm", "linear")
 MIN_CAPABILITY = (8, 0)  # Triton's, and bf16's

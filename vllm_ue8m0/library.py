@@ -1,8 +1,8 @@
 """The operators as torch ops `vllm_ue8m0::*`, which the vLLM glue traces.
 
 Each has a fake implementation and, but for `weight_quant`, never synchronizes with the host on a
-GPU. Arguments are those of `reference`; `experts` writes to a tensor given first, the others mutate
-nothing.
+GPU. Arguments are those of `reference`; `experts` and `batched_experts` write to a tensor given
+first, the others mutate nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ _SCHEMAS = {
     "experts": "(Tensor(a!) out, Tensor x, Tensor w13, Tensor sf13, Tensor? c13, Tensor w2,"
     " Tensor sf2, Tensor? c2, Tensor topk_weights, Tensor topk_ids, int[] gran13, int[] gran2,"
     " str activation_scale, bool weight_on_input, Tensor? expert_map=None) -> ()",
+    "batched_experts": "(Tensor(a!) out, Tensor x, Tensor w13, Tensor sf13, Tensor? c13,"
+    " Tensor w2, Tensor sf2, Tensor? c2, Tensor counts, int[] gran13, int[] gran2,"
+    " str activation_scale) -> ()",
 }
 
 
@@ -103,13 +106,14 @@ _FAKES = {
     "gemm": _fake_gemm,
     "linear": _fake_linear,
     "experts": _fake_experts,
+    "batched_experts": _fake_experts,
 }
 
 
 def _register(name: str) -> None:
     def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         operator = getattr(dispatch.choose(name, x.device.type).load(), name)
-        if name == "experts":  # writes to its first argument
+        if _SCHEMAS[name].startswith("(Tensor(a!) out"):
             operator(*args, **kwargs, out=x)
             return None
         return operator(x, *args, **kwargs)

@@ -11,7 +11,7 @@ from offline_compiler import compile_and_print, number, report, target
 BYTES, CODES, F32, BF16, I32, I64 = "*u8", "*fp8e4nv", "*fp32", "*bf16", "*i32", "*i64"
 # Every value of these is a multiple of 16 where it matters: 16-byte accesses.
 ALIGNED = ("N", "K", "stride_am", "stride_wn", "stride_we", "stride_xm", "stride_m", "stride_rm")
-ALIGNED += ("stride_xe", "stride_e")
+ALIGNED += ("stride_xe", "stride_e", "stride_ae")
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
@@ -43,7 +43,13 @@ def test_products_compile(capability):
         instruction = FP16_DOT if (capability, rows) == (90, 16) else DOTS[capability]
         assert instruction in lines[f"gemm {rows}"]
         assert number(lines[f"gemm {rows}"], "bytes spilled") == 0
-    assert "gemm bf16" in lines and "grouped_gemm" in lines
+    assert "gemm bf16" in lines
+    for rows in (16, 64):
+        assert number(lines[f"batched_gemm {rows}"], "bytes spilled") == 0
+    # Batch-invariant runs choose among these, by the rows: one kind of instruction.
+    for name in ("batched_gemm 64", "grouped_gemm 64", "grouped_gemm 300", "grouped_gemm 1000"):
+        kinds = [kind for kind in ("wgmma", "mma.sync") if kind in lines[name]]
+        assert kinds == ["wgmma" if capability == 90 else "mma.sync"]
 
 
 class Compiler:
@@ -125,7 +131,7 @@ def compile_quantization(build, capability: int) -> None:
 def compile_products(build, capability: int) -> None:
     import torch
 
-    from vllm_ue8m0.kernels import gemm, grouped_gemm
+    from vllm_ue8m0.kernels import batched_gemm, gemm, grouped_gemm
 
     codes = CODES if capability >= 89 else BYTES
 
@@ -150,9 +156,14 @@ def compile_products(build, capability: int) -> None:
     build_gemm("gemm bf16", 64, torch.bfloat16, gemm._gemm_kernel, {}, dict(dense))
     routed = {"order": I64, "tile_expert": I64, "tile_start": I64, "ends": I64}
     routed["slot_weights"] = F32
-    constants = {"HAS_WEIGHTS": True, "GATHER": False}
-    kernel = grouped_gemm._grouped_gemm_kernel
-    build_gemm("grouped_gemm", 64, torch.float8_e4m3fn, kernel, routed, constants)
+    kernel, dtype = grouped_gemm._grouped_gemm_kernel, torch.float8_e4m3fn
+    for rows in (64, 300, 1000):
+        constants = {"HAS_WEIGHTS": True, "GATHER": False}
+        build_gemm(f"grouped_gemm {rows}", rows, dtype, kernel, dict(routed), constants)
+    kernel = batched_gemm._batched_gemm_kernel
+    for rows in (16, 64):
+        constants = {"EXPERTS": 32}
+        build_gemm(f"batched_gemm {rows}", rows, dtype, kernel, {"counts": I32}, constants)
     pointers = {"slots": BF16, "topk_ids": I64, "out": BF16}
     constants = {"BLOCK_M": 4, "BLOCK_N": 512}
     build("combine", grouped_gemm._combine_kernel, pointers, constants)

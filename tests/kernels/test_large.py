@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import same_bits, same_quantized
+from checks import expert_operands, same_bits, same_quantized
 
 from vllm_ue8m0 import portable, reference
 
@@ -39,6 +39,22 @@ def test_rms_norm_quant_of_far_rows(device):
 def test_weight_quant_of_far_rows(device):
     w = far_rows(256, device)
     same_quantized(portable.weight_quant(w), reference.weight_quant(w))
+
+
+@pytest.mark.parametrize("activation_scale", ["ue8m0", "none"])
+def test_batched_experts_of_far_experts(device, monkeypatch, activation_scale):
+    monkeypatch.undo()  # the memory between the experts is never touched
+
+    def far(t):
+        memory = torch.empty(FAR + t[0].numel(), dtype=t.dtype, device=device)
+        return memory.as_strided(t.shape, (FAR, t.shape[2], 1)).copy_(t)
+
+    _, w13, sf13, _, w2, sf2, *_, gran13, gran2 = expert_operands(1, 1, device, E=2, inner=64)
+    x, counts = torch.randn(2, 3, 192, device=device).bfloat16(), torch.tensor([1, 3]).to(device)
+    rest = (None, counts, gran13, gran2, activation_scale)
+    wanted = portable.batched_experts(x, w13, sf13, None, w2, sf2, *rest)
+    got = portable.batched_experts(far(x), far(w13), sf13, None, far(w2), sf2, *rest)
+    assert same_bits(got[0, :1], wanted[0, :1]) and same_bits(got[1], wanted[1])
 
 
 K = 7168

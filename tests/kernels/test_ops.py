@@ -141,6 +141,8 @@ def test_opcheck(backend, device):
     places = torch.tensor([[1], [2], [0]], device=device)
     experts = expert_operands(3, 2, device, H=64, inner=32)
     experts[9], experts[10] = list(GRAN), list(GRAN)
+    batch = torch.randn(4, 3, 64, device=device).bfloat16()
+    used = torch.tensor([3, 0, 1, 2], device=device)
     for name, args in [
         ("act_quant", (x, 128, True)),
         ("act_quant", (x, 64, False)),
@@ -156,6 +158,10 @@ def test_opcheck(backend, device):
         ("linear", (x, w, sf, None, bias, [128, 128], "ue8m0")),
         ("linear", (x, w, sf, None, None, [128, 128], "none")),
         ("experts", (torch.zeros_like(x), *experts, "ue8m0", False, places.view(-1).int())),
+        (
+            "batched_experts",
+            (torch.zeros_like(batch), batch, *experts[1:7], used, *experts[9:], "ue8m0"),
+        ),
     ]:
         before = [arg.clone() for arg in args if isinstance(arg, torch.Tensor)]
         # test_schema compares arguments by allclose, which torch does not have for e4m3.
@@ -164,7 +170,7 @@ def test_opcheck(backend, device):
             checks.append("test_schema")
         torch.library.opcheck(getattr(op, name).default, args, test_utils=checks)
         after = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        if name == "experts":  # the only one that writes to an argument, which opcheck copies
+        if name.endswith("experts"):  # they write to an argument, which opcheck copies
             getattr(op, name)(*args)
             assert (before.pop(0) != after.pop(0)).any()
         assert all(same_bits(x, y) for x, y in zip(before, after, strict=True))

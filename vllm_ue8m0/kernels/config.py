@@ -27,9 +27,12 @@ class TileConfig:
     def grid(self, E: int, M: int, groups: int, masked: bool) -> tuple[int, int]:
         """One program a tile; masked: a number that does not depend on the counts."""
         columns, tiles = triton.cdiv(groups, self.groups), triton.cdiv(M, self.rows)
-        if masked:
-            return columns * min(E * tiles, triton.cdiv(MASKED_PROGRAMS, columns)), 1
-        return columns * tiles, E
+        return (masked_programs(columns, E * tiles), 1) if masked else (columns * tiles, E)
+
+
+def masked_programs(columns: int, tiles: int) -> int:
+    """Programs that share the used ones of `tiles` tiles in each of `columns` columns."""
+    return columns * min(tiles, triton.cdiv(MASKED_PROGRAMS, columns))
 
 
 # 17,076 rows as above: 4 x 4 64.4 us, 8 x 4 60.5, 16 x 4 63.2.

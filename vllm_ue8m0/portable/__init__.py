@@ -5,7 +5,7 @@ launch. Nothing here waits for the device, so that everything can be captured in
 `weight_quant`, which refuses NaN. All run on sm_80 and newer.
 """
 
-from .products import describe, experts, gemm, linear
+from .products import batched_experts, describe, experts, gemm, linear
 from .quant import (
     act_quant,
     describe_quant,
@@ -18,6 +18,7 @@ from .quant import (
 
 __all__ = [
     "act_quant",
+    "batched_experts",
     "describe",
     "describe_quant",
     "experts",

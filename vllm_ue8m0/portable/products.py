@@ -1,4 +1,4 @@
-"""Products on the portable kernels: dense, and the routed experts around the grouped one."""
+"""Products on the portable kernels: dense, and experts around the grouped and the batched one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from collections.abc import Sequence
 import torch
 
 from ..formats import BLOCK
+from ..kernels import batched_gemm as batched_gemm_kernel
 from ..kernels import gemm as gemm_kernel
 from ..kernels import grouped_gemm as grouped_gemm_kernel
 from ..layouts import ceil_div, local_experts
 from .quant import act_quant, kernel_scale, silu_mul, silu_mul_quant, unit_stride
+
+# Rows that the batched product is tiled for, unless an expert has room for fewer: the host does not
+# know the counts, and in decoding, which the format is for, few of the rows are used.
+BATCHED_ROWS = 64
 
 
 def gemm(
@@ -104,6 +109,46 @@ def experts(
     return out
 
 
+def batched_experts(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    sf13: torch.Tensor,
+    c13: torch.Tensor | None,
+    w2: torch.Tensor,
+    sf2: torch.Tensor,
+    c2: torch.Tensor | None,
+    counts: torch.Tensor,
+    gran13: Sequence[int],
+    gran2: Sequence[int],
+    activation_scale: str,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Each expert of its own rows; see reference.batched_experts. out is contiguous."""
+    (E, T, H), N = x.shape, w13.shape[1]
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    assert out.is_contiguous(), f"{out.stride()=}"
+    if out.numel() == 0:
+        return out
+    counts, rows = counts.contiguous(), min(T, BATCHED_ROWS)
+    a, a_s = _quantize(x, gran13[1], activation_scale, counts)
+    if N <= H:  # out is written when gate_up has been read, so this largest buffer may lie there
+        gate_up = out.view(-1)[: E * T * N].view(E, T, N)
+    else:
+        gate_up = torch.empty(E, T, N, dtype=x.dtype, device=x.device)
+    batched_gemm_kernel.launch(
+        a, a_s, unit_stride(w13), unit_stride(kernel_scale(sf13)), c13, _pair(gran13), counts,
+        gemm_kernel.tile_config(rows, a.dtype, _pair(gran13)), gate_up,
+    )  # fmt: skip
+    del a, a_s  # hidden may take their memory
+    hidden, hidden_s = _silu_mul(gate_up, gran2[1], activation_scale, counts)
+    batched_gemm_kernel.launch(
+        hidden, hidden_s, unit_stride(w2), unit_stride(kernel_scale(sf2)), c2, _pair(gran2), counts,
+        gemm_kernel.tile_config(rows, hidden.dtype, _pair(gran2)), out,
+    )  # fmt: skip
+    return out
+
+
 def _route(
     topk_ids: torch.Tensor, num_experts: int, block_m: int
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -127,20 +172,20 @@ def _route(
 
 
 def _quantize(
-    x: torch.Tensor, group: int, activation_scale: str
+    x: torch.Tensor, group: int, activation_scale: str, counts: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if activation_scale == "none":
         return unit_stride(x), None
-    return act_quant(x, group, activation_scale == "ue8m0")
+    return act_quant(x, group, activation_scale == "ue8m0", counts=counts)
 
 
 def _silu_mul(
-    gate_up: torch.Tensor, group: int, activation_scale: str
+    gate_up: torch.Tensor, group: int, activation_scale: str, counts: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """silu(gate) * up of [M, 2 I], quantized as activation_scale says."""
+    """silu(gate) * up of [..., 2 I], quantized as activation_scale says."""
     if activation_scale == "none":
-        return silu_mul(gate_up), None
-    return silu_mul_quant(gate_up, group, activation_scale == "ue8m0")
+        return silu_mul(gate_up, counts), None
+    return silu_mul_quant(gate_up, group, activation_scale == "ue8m0", counts=counts)
 
 
 def _pair(gran: Sequence[int]) -> tuple[int, int]:

@@ -74,14 +74,15 @@ def silu_mul_quant(
     return q, s
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of [..., 2 I], not quantized; see reference.silu_mul."""
+def silu_mul(gate_up: torch.Tensor, counts: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(gate) * up of [..., 2 I], not quantized; see reference.silu_mul. counts: act_quant's."""
     K = gate_up.shape[-1] // 2
     out = torch.empty(*gate_up.shape[:-1], K, dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
-        rows = unit_stride(gate_up).reshape(1, -1, 2 * K)
-        config = silu_mul_quant_config(rows.shape[1], ceil_div(K, BLOCK))
-        silu_mul_quant_kernel.launch(rows, out, None, BLOCK, SF_FLOOR, False, config)
+        matrices = _matrices(unit_stride(gate_up), "row_major", counts)
+        config = silu_mul_quant_config(matrices.shape[1], ceil_div(K, BLOCK))
+        config = config if counts is None else MASKED_TILE
+        silu_mul_quant_kernel.launch(matrices, out, None, BLOCK, SF_FLOOR, False, config, counts)
     return out
 
 

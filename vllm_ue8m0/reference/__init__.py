@@ -8,7 +8,7 @@ gran = (gn, gk) is the granularity of a weight's scale grid, 128x128 unless a sh
 activation groups are 1 x gk. The last group or block may be partial.
 """
 
-from .products import experts, gemm, linear, matmul
+from .products import batched_experts, experts, gemm, linear, matmul
 from .quant import (
     act_quant,
     dequantize,
@@ -25,6 +25,7 @@ from .quant import (
 
 __all__ = [
     "act_quant",
+    "batched_experts",
     "dequantize",
     "dequantize_activations",
     "e4m3_to_float",

@@ -97,14 +97,53 @@ def experts(
     source = x * topk_weights.to(x.dtype) if weight_on_input else x
     for expert in topk_ids[topk_ids >= 0].unique().tolist():
         token, slot = (topk_ids == expert).nonzero(as_tuple=True)
-        gate_up = linear(
-            source[token], w13[expert], sf13[expert],
-            None if c13 is None else c13[expert], None, gran13, activation_scale,
-        )  # fmt: skip
-        hidden = fake_quant(silu_mul(gate_up), gran2[1], activation_scale)
-        product = matmul(hidden, w2[expert], sf2[expert], gran2, None if c2 is None else c2[expert])
+        product = _expert(
+            expert, source[token], w13, sf13, c13, w2, sf2, c2, gran13, gran2, activation_scale
+        )
         if not weight_on_input:
             product *= topk_weights[token, slot, None].to(torch.float32)
         slots[token, slot] = product.to(x.dtype)
     total = slots.to(torch.float32).sum(1).to(x.dtype)
     return total if out is None else out.copy_(total)
+
+
+def batched_experts(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    sf13: torch.Tensor,
+    c13: torch.Tensor | None,
+    w2: torch.Tensor,
+    sf2: torch.Tensor,
+    c2: torch.Tensor | None,
+    counts: torch.Tensor,
+    gran13: tuple[int, int],
+    gran2: tuple[int, int],
+    activation_scale: str,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Each expert of its own rows: x [E, T, H], weights as in `experts` -> [E, T, H].
+
+    Of x[e] the first counts[e] rows are used, counts [E] int; the others may hold anything, and
+    the result has no defined value there. It is neither weighted nor summed: a row is what
+    `experts` makes of it before its weight, rounded once to x's dtype. The result is written to
+    out, if that is given, which must not overlap x.
+    """
+    if out is None:
+        out = torch.empty_like(x)
+    for expert, rows in enumerate(counts.tolist()):
+        out[expert, :rows] = _expert(
+            expert, x[expert, :rows], w13, sf13, c13, w2, sf2, c2, gran13, gran2, activation_scale
+        ).to(x.dtype)
+    return out
+
+
+def _expert(
+    expert: int, x: torch.Tensor, w13: torch.Tensor, sf13: torch.Tensor, c13: torch.Tensor | None,
+    w2: torch.Tensor, sf2: torch.Tensor, c2: torch.Tensor | None, gran13: tuple[int, int],
+    gran2: tuple[int, int], activation_scale: str,
+) -> torch.Tensor:  # fmt: skip
+    """One expert of x [M, H] -> float32 [M, H]."""
+    c13, c2 = (None if c is None else c[expert] for c in (c13, c2))
+    gate_up = linear(x, w13[expert], sf13[expert], c13, None, gran13, activation_scale)
+    hidden = fake_quant(silu_mul(gate_up), gran2[1], activation_scale)
+    return matmul(hidden, w2[expert], sf2[expert], gran2, c2)
