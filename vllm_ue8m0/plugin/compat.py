@@ -37,6 +37,7 @@ _LAZY = {
     "FusedMoEQuantConfig": f"{_LAYERS}.fused_moe.config",
     "MoEActivation": f"{_LAYERS}.fused_moe.activation",
     "fp8_w8a16_moe_quant_config": f"{_LAYERS}.fused_moe.config",
+    "TopKWeightAndReduceDelegate": f"{_LAYERS}.fused_moe.topk_weight_and_reduce",
     "TopKWeightAndReduceNoOP": f"{_LAYERS}.fused_moe.topk_weight_and_reduce",
 }
 __all__ = [

@@ -1,4 +1,4 @@
-"""The fused-MoE method and its modular experts class.
+"""The fused-MoE method: it creates, loads and encodes the weights of a layer of routed experts.
 
 Activations reach the experts as bf16 in every parallel layout and are quantized inside the
 project's op: vLLM's own dispatch would quantize them with float32 scales (its `w8a16` config is
@@ -7,15 +7,14 @@ used for exactly that reason). 1 x 128 groups commute with dispatch, so the resu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import library  # noqa: F401  (defines torch.ops.vllm_ue8m0)
 from ..formats import BLOCK
 from ..layouts import common_gran, grid_shape
 from . import compat
+from .experts import ExpertsFormat, Ue8m0BatchedExperts, Ue8m0Experts
 from .linear import (
     DUMMY_SCALE,
     check_group,
@@ -30,99 +29,6 @@ from .weights import encode
 
 if TYPE_CHECKING:
     from .config import Ue8m0Config
-
-
-@dataclass(frozen=True)
-class ExpertsFormat:
-    """What the experts need beyond vLLM's quant config, to which it is attached.
-
-    c13 [E, grid rows], c2: float32 factors of the output rows, None for all 1.
-    """
-
-    gran13: tuple[int, int]
-    gran2: tuple[int, int]
-    c13: torch.Tensor | None
-    c2: torch.Tensor | None
-    activation_scale: str
-
-
-class Ue8m0Experts(compat.FusedMoEExpertsModular):  # type: ignore[misc]
-    """Routed experts, contiguous format: quantize, GEMM, SiLU * up, quantize, GEMM, reduce."""
-
-    @staticmethod
-    def activation_format() -> Any:
-        return compat.FusedMoEActivationFormat.Standard
-
-    @staticmethod
-    def _supports_current_device() -> bool:
-        return True  # dispatch.choose has the last word, with reasons
-
-    @staticmethod
-    def _supports_no_act_and_mul() -> bool:
-        return False
-
-    @staticmethod
-    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
-        return True
-
-    @staticmethod
-    def _supports_activation(activation: Any) -> bool:
-        return bool(activation == compat.MoEActivation.SILU)
-
-    @staticmethod
-    def _supports_parallel_config(moe_parallel_config: Any) -> bool:
-        # These two, of vLLM 0.33, dispatch inside the experts.
-        return not any(
-            getattr(moe_parallel_config, f"use_{kind}", False)
-            for kind in ("passthrough_all2all", "moonep_kernels")
-        )
-
-    def finalize_weight_and_reduce_impl(self) -> Any:
-        return compat.TopKWeightAndReduceNoOP()
-
-    def workspace_shapes(
-        self, M: int, N: int, K: int, topk: int, *rest: Any
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        return (0,), (0,), (M, K)  # the op allocates its own buffers
-
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: Any,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor,
-        workspace2: torch.Tensor,
-        expert_tokens_meta: Any,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        fmt: ExpertsFormat = self.quant_config.ue8m0
-        if apply_router_weight_on_input:
-            topk_weights = torch.ones_like(topk_weights)  # prepare has applied them
-        torch.ops.vllm_ue8m0.experts(
-            output,
-            hidden_states,
-            w1,
-            self.w1_scale,
-            fmt.c13,
-            w2,
-            self.w2_scale,
-            fmt.c2,
-            topk_weights,
-            topk_ids,
-            fmt.gran13,
-            fmt.gran2,
-            fmt.activation_scale,
-            False,
-            expert_map,
-        )
 
 
 class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
@@ -149,6 +55,13 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
         **extra: Any,
     ) -> None:
         H, I = hidden_size, intermediate_size_per_partition  # noqa: E741
+        unpadded = extra.get("unpadded_hidden_size", H)
+        if unpadded != H:
+            raise NotImplementedError(
+                f"{self.prefix}: the all-to-all backend moves hidden sizes of {H}, not the model's "
+                f"{unpadded}, and padded experts are not served. Allowed: another "
+                "--all2all-backend, e.g. the default allgather_reducescatter."
+            )
         tp_size = self.moe.moe_parallel_config.tp_size
         # The boundary between gate and up, and every shard's, lie at multiples of I; an uncut
         # intermediate size may have a partial last block.
@@ -218,16 +131,22 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
     def _build_kernel(self, layer: Any) -> None:
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         prepare_finalize = compat.make_prepare_finalize(self.moe, self.moe_quant_config, layer)
-        ok, reason = Ue8m0Experts.is_supported_config(
-            Ue8m0Experts, self.moe, None, None, prepare_finalize.activation_format
-        )
+        form, cls, limits = prepare_finalize.activation_format, Ue8m0Experts, {}
+        if form == Ue8m0BatchedExperts.activation_format():
+            cls = Ue8m0BatchedExperts
+            limits = {
+                "max_num_tokens": prepare_finalize.max_num_tokens_per_rank(),
+                "num_dispatchers": prepare_finalize.num_dispatchers(),
+            }
+        ok, reason = cls.is_supported_config(cls, self.moe, None, None, form)
         if not ok:
             raise NotImplementedError(
                 f"{self.prefix}: the ue8m0 experts do not serve this configuration: {reason}. "
-                "Allowed: SiLU-gated experts, tensor, expert and data parallelism with an "
-                "all-to-all backend of the standard format (the default is), no LoRA on experts."
+                "Allowed: SiLU-gated experts, tensor, expert and data parallelism with any "
+                "all-to-all backend that hands tokens to the experts (not passthrough, not "
+                "moonep), no LoRA on experts; batch invariance on GPUs."
             )
-        experts = Ue8m0Experts(moe_config=self.moe, quant_config=self.moe_quant_config)
+        experts = cls(moe_config=self.moe, quant_config=self.moe_quant_config, **limits)
         self.moe_kernel = compat.FusedMoEKernel(prepare_finalize, experts)
 
     def get_fused_moe_quant_config(self, layer: Any) -> Any:
