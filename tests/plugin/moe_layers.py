@@ -92,9 +92,9 @@ def run(method, layer, x, weights, ids):
 
 
 class Fabric:
-    """All ranks of a low-latency all-to-all, in one process: a thread for each."""
+    """All ranks of a group in one process, a thread for each; room: Buffer's."""
 
-    def __init__(self, ranks, room):
+    def __init__(self, ranks, room=0):
         self.ranks, self.room, self.flags = ranks, room, []
         self.barrier = threading.Barrier(ranks, timeout=120)
         self.sent, self.returned = {}, {}
@@ -172,3 +172,28 @@ def manager(fabric, rank):
         max_num_ep_ranks=fabric.room,
         get_handle=lambda arguments: Buffer(fabric, rank),
     )
+
+
+class Mover:
+    """A rank's end of vLLM's load balancer, as its EplbCommunicator; strict where NCCL is blind."""
+
+    def __init__(self, fabric, rank):
+        self.fabric, self.rank, self.receives = fabric, rank, []
+
+    def set_transfer_context(self, *context):
+        pass
+
+    def add_send(self, tensors, destination, expert_id):
+        self.fabric.sent[self.rank, destination, expert_id] = [t.clone() for t in tensors]
+
+    def add_recv(self, tensors, source, expert_id):
+        self.receives.append((tensors, (source, self.rank, expert_id)))
+
+    def execute(self):
+        self.fabric.barrier.wait()
+        for tensors, key in self.receives:
+            for mine, sent in zip(tensors, self.fabric.sent[key], strict=True):
+                assert (mine.shape, mine.dtype) == (sent.shape, sent.dtype)
+                mine.copy_(sent)
+        self.receives.clear()
+        self.fabric.barrier.wait()

@@ -25,7 +25,7 @@ from .linear import (
     scale_loader,
     weight_loader,
 )
-from .weights import encode
+from .weights import encode, uniform
 
 if TYPE_CHECKING:
     from .config import Ue8m0Config
@@ -43,7 +43,9 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
 
     @property
     def supports_eplb(self) -> bool:
-        return True  # every per-expert state is a Parameter with the experts first
+        # Every per-expert state is a contiguous Parameter with the experts first, and nothing
+        # else is one; `uniform` makes them the same for all layers and ranks.
+        return True
 
     def create_weights(
         self,
@@ -114,8 +116,11 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
                 self.config.spec.non_pow2,
                 f"{self.prefix}.{name}",
             )
+            if self.moe.moe_parallel_config.enable_eplb:
+                done = uniform(done, self.config.spec, f"{self.prefix}.{name}")
             if done.kind == "requantized":
-                compat.replace_parameter(layer, f"{name}_weight", done.w)
+                # In place: load balancing pairs the parameters of layers by their order.
+                weight.copy_(done.w)
             compat.replace_parameter(layer, f"{name}_weight_scale_inv", done.sf)
             if done.c is None:
                 setattr(layer, f"{name}_weight_scale_c", None)

@@ -11,7 +11,7 @@ rewrites the weight's codes along with it and runs only when asked for.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -160,6 +160,32 @@ def encode(
             "anew (about 2.6 % relative error)."
         )
     return Encoded(w, torch.where(zero, 1.0, scale), None, "float32 kept")
+
+
+def uniform(done: Encoded, spec: QuantSpec, where: str) -> Encoded:
+    """The same values in tensors whose number and dtypes follow from `spec`, not from the scales.
+
+    vLLM's expert load balancer (EPLB) moves experts between ranks, and all layers through one
+    buffer that is made for the first layer's tensors: a layer with a c, or with float32 scales,
+    beside one without would be moved wrongly, without a word. Bytes and c where the checkpoint
+    declares UE8M0 or the policy leaves nothing else, float32 scales otherwise. Raises ValueError,
+    naming `where`, for scales that are not what the checkpoint declares.
+    """
+    if spec.scale_fmt != "ue8m0" and spec.non_pow2 == "keep":
+        if done.sf.dtype == torch.float32:
+            return done
+        scale = convert_scale_from_ue8m0(done.sf)
+        scale = scale if done.c is None else scale * done.c[..., None]
+        return Encoded(done.w, scale, None, "float32 kept")
+    if done.sf.dtype == torch.float32:
+        raise ValueError(
+            f"{where}: its weight scales are neither 2^k nor c * 2^k, though the checkpoint "
+            "declares scale_fmt ue8m0, and --enable-eplb needs scales of one kind in all layers. "
+            "Allowed: serving without --enable-eplb, or non_pow2 'requant', which rounds the "
+            "weights anew (about 2.6 % relative error)."
+        )
+    c = torch.ones(done.sf.shape[:-1], device=done.sf.device) if done.c is None else done.c
+    return replace(done, c=c)
 
 
 def requantize(w: torch.Tensor, scale: torch.Tensor, gran: tuple[int, int]) -> Encoded:
