@@ -92,9 +92,10 @@ def compile_quantization(build, capability: int) -> None:
     kernel = act_quant._act_quant_kernel
     for name, scale, pdl in (("ue8m0", BYTES, capability >= 90), ("fp32", F32, False)):
         pointers = {"x": BF16, "q": BYTES, "s": scale}
-        constants = {**tile, **plain, **dense, "PDL": pdl}
+        constants = {**tile, **plain, **dense, "scale_rows": None, "PDL": pdl}
         build(f"act_quant {name}", kernel, pointers, constants)
     pointers = {"x": BF16, "q": BYTES, "s": I32, "counts": I32, "destinations": I64}
+    pointers["scale_rows"] = I32
     packed = {"MN_MAJOR": True, "PACKED": True}
     build("act_quant packed", kernel, pointers, {**tile, **packed, "COPIES": 8, "EXPERTS": 32})
     pointers = {"gate_up": BF16, "out": BYTES, "s": BYTES}

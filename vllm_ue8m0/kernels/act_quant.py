@@ -4,7 +4,7 @@ x [E, M, K], unit stride along K;  q [E, M, K] e4m3 contiguous;  s [E, M, ceil(K
 float32, or int32 words of 4 bytes, in a layout of layouts.py. A last partial group is a group.
 UE8M0: sf = ceil(log2(amax / 448)) + 127, at least FLOOR, and q = e4m3(x * 2^(127 - sf)), one
 rounding. float32: s = max(amax, 1e-4) / 448 and q = e4m3(x / s). Groups with Inf or NaN: see
-reference.act_quant, equal bit for bit. counts and destinations: see tile.py.
+reference.act_quant, equal bit for bit. counts, destinations, scale_rows: see tile.py.
 """
 
 import torch
@@ -18,8 +18,9 @@ from .ue8m0 import to_float
 
 @triton.jit
 def _tile(
-    x, q, s, destinations, expert, tile, first_group, limit, M, K, groups, stride_xe, stride_xm,
-    stride_s, FLOOR: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    x, q, s, destinations, scale_rows, expert, tile, first_group, limit, M, K, groups, stride_xe,
+    stride_xm, stride_s,
+    FLOOR: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
     MN_MAJOR: tl.constexpr, PACKED: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
@@ -30,13 +31,13 @@ def _tile(
     store_tile(
         values, q + expert * M * K, s + scale_offset(expert, M, groups, stride_s, MN_MAJOR, PACKED),
         destinations, row, first_group, limit, K, groups, stride_s,
-        FLOOR, GROUP, ROWS, GROUPS, MN_MAJOR, PACKED, COPIES,
+        FLOOR, GROUP, ROWS, GROUPS, MN_MAJOR, PACKED, COPIES, scale_rows,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "stride_s"])
 def _act_quant_kernel(
-    x, q, s, counts, destinations, E, M, K, groups, stride_xe, stride_xm, stride_s,
+    x, q, s, counts, destinations, scale_rows, E, M, K, groups, stride_xe, stride_xm, stride_s,
     FLOOR: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
     MN_MAJOR: tl.constexpr, PACKED: tl.constexpr, COPIES: tl.constexpr, EXPERTS: tl.constexpr,
     PDL: tl.constexpr,
@@ -49,13 +50,14 @@ def _act_quant_kernel(
         for i in range(index, tl.sum(tiles, 0), tl.num_programs(0) // columns):
             expert, tile, limit = find_tile(i, tiles, ends, counts, M)
             _tile(
-                x, q, s, destinations, expert, tile, first_group, limit, M, K, groups, stride_xe,
-                stride_xm, stride_s, FLOOR, GROUP, ROWS, GROUPS, MN_MAJOR, PACKED, COPIES,
+                x, q, s, destinations, scale_rows, expert, tile, first_group, limit, M, K, groups,
+                stride_xe, stride_xm, stride_s,
+                FLOOR, GROUP, ROWS, GROUPS, MN_MAJOR, PACKED, COPIES,
             )  # fmt: skip
     else:
         _tile(
-            x, q, s, destinations, tl.program_id(1).to(tl.int64), index, first_group, M, M, K,
-            groups, stride_xe, stride_xm, stride_s,
+            x, q, s, destinations, scale_rows, tl.program_id(1).to(tl.int64), index, first_group, M,
+            M, K, groups, stride_xe, stride_xm, stride_s,
             FLOOR, GROUP, ROWS, GROUPS, MN_MAJOR, PACKED, COPIES,
         )  # fmt: skip
 
@@ -70,12 +72,13 @@ def launch(
     config: TileConfig,
     counts: torch.Tensor | None = None,
     destinations: torch.Tensor | None = None,
+    scale_rows: torch.Tensor | None = None,
 ) -> None:
     """Quantize x into q and s; the dtype of s (uint8, float32, int32) selects the kind of scale."""
     E, M, K = x.shape
     groups = triton.cdiv(K, group)
     _act_quant_kernel[config.grid(E, M, groups, counts is not None)](
-        x, q.view(torch.uint8), s, counts, destinations, E, M, K, groups,
+        x, q.view(torch.uint8), s, counts, destinations, scale_rows, E, M, K, groups,
         x.stride(0) if E > 1 else 0, x.stride(1) if M > 1 else K, s.stride(2),
         FLOOR=floor, GROUP=group, ROWS=config.rows, GROUPS=config.groups,
         MN_MAJOR=mn_major, PACKED=s.dtype == torch.int32,

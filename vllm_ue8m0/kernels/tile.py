@@ -4,7 +4,7 @@ A tile is ROWS rows times GROUPS groups of GROUP columns of one of E matrices [M
 matrix e uses its first counts[e] rows, the others are not written, and programs share the used
 tiles of all matrices evenly: a fixed grid serves any counts. With COPIES > 0, row m goes to the
 COPIES rows destinations[m, :] of the output instead of row m (-1: to none), which permutes tokens
-to their experts on the way.
+to their experts on the way; their scales go to other rows, those of scale_rows, if it is given.
 
 Scales are row-major, or column-major with columns stride_s apart; PACKED: column-major int32 words
 of four bytes (layouts.py).
@@ -62,7 +62,7 @@ def scale_offset(
 def store_tile(
     values, q, s, destinations, row, first_group, limit, K, groups, stride_s,
     FLOOR: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-    MN_MAJOR: tl.constexpr, PACKED: tl.constexpr, COPIES: tl.constexpr,
+    MN_MAJOR: tl.constexpr, PACKED: tl.constexpr, COPIES: tl.constexpr, scale_rows=None,
 ):  # fmt: skip
     """Quantize float32 values [ROWS, GROUPS * GROUP] of rows `row` and store codes and scales."""
     ue8m0: tl.constexpr = PACKED or s.dtype.element_ty == tl.uint8
@@ -88,6 +88,9 @@ def store_tile(
             target, used = row, row < limit
         mask = used[:, None] & (k < K)[None, :]
         tl.store(q + target[:, None] * K + k[None, :], codes, mask=mask)
+        if scale_rows is not None:
+            place = scale_rows + row * COPIES + copy
+            target = tl.load(place, mask=used, other=0).to(tl.int64)
         if MN_MAJOR:
             scales = s + column.to(tl.int64)[None, :] * stride_s + target[:, None]
         else:

@@ -1,0 +1,97 @@
+"""Slots sorted by expert, and tiles; on a GPU, or in Triton's interpreter."""
+
+import pytest
+import torch
+from checks import same_bits
+
+pytest.importorskip("triton")
+
+
+def check(topk_ids, num_experts, rows, expert_map=None):
+    from vllm_ue8m0.kernels import route, route_quant
+
+    counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_ids.device)
+    routing = route.launch(topk_ids, expert_map, num_experts, rows, counts)
+    assert not counts.any()
+    slot, scale_rows = check_routing(routing, topk_ids, num_experts, rows, expert_map)
+    assert torch.equal(routing.scale_rows.reshape(-1).cpu()[slot].long(), scale_rows)
+    slots = topk_ids.numel()
+    if slots <= route_quant.MOST_SLOTS:
+        check_quantized(topk_ids, num_experts, rows, expert_map)
+
+
+def check_quantized(topk_ids, num_experts, rows, expert_map):
+    """The same with quantization: codes and scales are act_quant's, at the slots' rows."""
+    from vllm_ue8m0 import portable
+    from vllm_ue8m0.kernels import route, route_quant
+    from vllm_ue8m0.layouts import empty_scale
+
+    M, slots, K, device = len(topk_ids), topk_ids.numel(), 656, topk_ids.device
+    x = torch.randn(M, K, dtype=torch.bfloat16, device=device)
+    for ue8m0 in (True, False):
+        places = route.most_tiles(slots, num_experts, rows) * route.scale_pitch(rows)
+        q = torch.empty(slots, K, dtype=torch.float8_e4m3fn, device=device)
+        s = empty_scale((), places, 6, ue8m0, "mn_major", device)
+        routing = route_quant.launch(x, q, s, topk_ids, expert_map, num_experts, rows, 105)
+        slot, places = check_routing(routing, topk_ids, num_experts, rows, expert_map)
+        assert routing.scale_rows is None
+        codes, scales = portable.act_quant(x, 128, ue8m0, 105)
+        token = (slot // topk_ids.shape[1]).to(device)
+        assert same_bits(q[: len(slot)], codes[token])
+        assert same_bits(s[places.to(device)], scales[token])
+
+
+def check_routing(routing, topk_ids, num_experts, rows, expert_map):
+    """Gives the slots in their order, and their rows of scales."""
+    destinations, order, tiles = routing.destinations, routing.order, routing.tiles
+    experts = topk_ids.reshape(-1).long().cpu()
+    if expert_map is not None:
+        known = (experts >= 0) & (experts < len(expert_map))
+        experts = torch.where(known, expert_map.cpu().long()[experts * known], -1)
+    used = (experts >= 0) & (experts < num_experts)
+    place = destinations.reshape(-1).long().cpu()
+    assert (place[~used] == -1).all()
+    # Each row once, and sorted by expert.
+    assert sorted(place[used].tolist()) == list(range(int(used.sum())))
+    slot = order.long().cpu()[: int(used.sum())]
+    assert torch.equal(place[slot], torch.arange(len(slot)))
+    assert torch.equal(experts[slot], experts[slot].sort().values)
+    wanted, scale_rows, start, tiles_of = [], [], 0, [0]
+    for expert in range(num_experts):
+        end = start + int((experts == expert).sum())
+        for i in range(start, end, rows):
+            first = len(wanted) * max(rows, 16)
+            scale_rows += range(first, first + min(rows, end - i))
+            wanted.append([expert, i, min(i + rows, end)])
+        tiles_of.append(len(wanted))
+        start = end
+    assert len(wanted) == int(routing.num_tiles) <= len(tiles)
+    for tile in wanted:
+        first, end = tiles_of[tile[0]], tiles_of[tile[0] + 1]
+        tile += [first, end - first]
+    assert tiles[: len(wanted)].tolist() == wanted
+    return slot, torch.tensor(scale_rows, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("M", "topk", "E", "rows"), [
+    (1, 8, 256, 8), (3, 2, 5, 8), (16, 8, 24, 8), (21, 6, 3, 16), (40, 3, 2, 64), (128, 8, 256, 16),
+    (129, 8, 60, 16), (700, 4, 7, 128),
+])  # fmt: skip
+def test_slots_are_sorted(device, M, topk, E, rows, dtype):
+    ids = torch.randint(-1, E + 1, (M, topk), dtype=dtype, device=device)
+    check(ids, E, rows)
+
+
+def test_nothing_and_one_expert(device):
+    nothing = torch.full((5, 3), -1, dtype=torch.int32, device=device)
+    check(nothing, 4, 8)
+    check(torch.full_like(nothing, 2), 4, 8)
+
+
+@pytest.mark.parametrize("M", [6, 400])
+def test_experts_of_other_ranks_are_skipped(device, M):
+    expert_map = torch.full((16,), -1, dtype=torch.int32, device=device)
+    expert_map[[3, 9, 10]] = torch.tensor([2, 0, 1], dtype=torch.int32, device=device)
+    ids = torch.randint(-1, 17, (M, 4), device=device)
+    check(ids, 3, 8, expert_map)

@@ -1,0 +1,168 @@
+"""Where routed experts' rows go: slots sorted by expert, and tiles of one expert's rows.
+
+A slot is a (token, k) pair, numbered token * topk + k. topk_ids holds experts, or with expert_map
+global ones that it translates; what is not in [0, E) afterwards is skipped.
+
+destinations [slots] int32   sorted row of each slot, -1: skipped
+order [slots] int32          slot of each sorted row; past the last row undefined
+scale_rows [slots] int32     a slot's row of scales, where tile t starts at row t * pitch
+tiles [T, 5] int32           expert, first row, end of the tile's rows; first of the expert's tiles,
+                             and their number; past the last tile undefined
+num_tiles [1] int32          tiles that are used: T is a bound, so the host needs no counts
+
+Scales have rows of their own because the copy engine takes parts of their columns, and those may
+begin at multiples of 16 bytes only: elsewhere it is an illegal instruction.
+
+The order of one expert's rows is that of atomic additions: it changes, but no row's result depends
+on it. counts [E] and done [1] are zeros before and after.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import dependent_launch
+from .tile import wait_for_inputs
+
+SLOTS = 1024  # a program's
+TILE_FIELDS = tl.constexpr(5)
+
+
+@triton.jit
+def slot_experts(topk_ids, expert_map, slot, slots, num_experts, num_global):
+    """(Expert of each slot, whether it is here)."""
+    expert = tl.load(topk_ids + slot, mask=slot < slots, other=-1).to(tl.int32)
+    if expert_map is not None:
+        known = (expert >= 0) & (expert < num_global)
+        expert = tl.load(expert_map + expert, mask=known, other=-1).to(tl.int32)
+    return expert, (expert >= 0) & (expert < num_experts)
+
+
+@triton.jit
+def _place(
+    starts, expert, rank, used, slot, slots, destinations, order, scale_rows, num_experts,
+    ROWS: tl.constexpr, PITCH: tl.constexpr,
+):  # fmt: skip
+    row = tl.load(starts + expert, mask=used, other=0) + rank
+    tile = tl.load(starts + num_experts + expert, mask=used, other=0) + rank // ROWS
+    tl.store(scale_rows + slot, tile * PITCH + rank % ROWS, mask=used)
+    tl.store(destinations + slot, tl.where(used, row, -1), mask=slot < slots)
+    tl.store(order + row, slot, mask=used)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _count_kernel(
+    topk_ids, expert_map, counts, done, starts, destinations, order, scale_rows, tiles, num_tiles,
+    slots, num_experts, num_global,
+    ROWS: tl.constexpr, PITCH: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
+    ONE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Ranks of the slots among their expert's -> destinations; the last program to end: tiles."""
+    wait_for_inputs(PDL)
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    expert, used = slot_experts(topk_ids, expert_map, slot, slots, num_experts, num_global)
+    rank = tl.atomic_add(counts + expert, 1, mask=used, sem="relaxed")
+    tl.store(destinations + slot, rank, mask=used)
+    tl.debug_barrier()
+    if tl.atomic_add(done, 1) == tl.num_programs(0) - 1:
+        e = tl.arange(0, EXPERTS)
+        count = tl.load(counts + e, mask=e < num_experts, other=0, volatile=True)
+        tl.store(counts + e, 0, mask=e < num_experts)
+        tl.store(done, 0)
+        start = tl.cumsum(count, 0) - count
+        tl.store(starts + e, start, mask=e < num_experts)
+        each = tl.cdiv(count, ROWS)
+        ends = tl.cumsum(each, 0)
+        tl.store(starts + num_experts + e, ends - each, mask=e < num_experts)
+        tl.store(num_tiles, tl.max(ends, 0))
+        for i in range(tl.max(each, 0)):
+            entry = tiles + (ends - each + i) * TILE_FIELDS
+            first = start + i * ROWS
+            tl.store(entry, e, mask=i < each)
+            tl.store(entry + 1, first, mask=i < each)
+            tl.store(entry + 2, tl.minimum(first + ROWS, start + count), mask=i < each)
+            tl.store(entry + 3, ends - each, mask=i < each)
+            tl.store(entry + 4, each, mask=i < each)
+        if ONE:
+            tl.debug_barrier()
+            _place(
+                starts, expert, rank, used, slot, slots, destinations, order, scale_rows,
+                num_experts, ROWS, PITCH,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _place_kernel(
+    topk_ids, expert_map, starts, destinations, order, scale_rows, slots, num_experts, num_global,
+    ROWS: tl.constexpr, PITCH: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(PDL)
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    expert, used = slot_experts(topk_ids, expert_map, slot, slots, num_experts, num_global)
+    rank = tl.load(destinations + slot, mask=used, other=0)
+    _place(
+        starts, expert, rank, used, slot, slots, destinations, order, scale_rows, num_experts,
+        ROWS, PITCH,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Routing:
+    """As above. order None: rows stay where they are; scale_rows None: scales are where they go."""
+
+    tiles: torch.Tensor
+    num_tiles: torch.Tensor
+    order: torch.Tensor | None
+    destinations: torch.Tensor
+    scale_rows: torch.Tensor | None = None
+
+
+def scale_pitch(rows: int) -> int:
+    """Rows of scales from one tile to the next, whatever a scale takes."""
+    return max(rows, 16)
+
+
+def most_tiles(slots: int, num_experts: int, rows: int) -> int:
+    """Every expert with rows has at most one tile that is not full."""
+    return min(slots, (slots + num_experts * (rows - 1)) // rows)
+
+
+def empty_routing(topk_ids: torch.Tensor, num_experts: int, rows: int) -> Routing:
+    slots, device = topk_ids.numel(), topk_ids.device
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.int32, device=device)
+
+    tiles = empty(most_tiles(slots, num_experts, rows), TILE_FIELDS.value)
+    return Routing(tiles, empty(1), empty(slots), empty(*topk_ids.shape))
+
+
+def launch(
+    topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int, rows: int,
+    counts: torch.Tensor,
+) -> Routing:  # fmt: skip
+    """Tiles of `rows` rows; destinations [M, topk].
+
+    counts [E + 1] int32 zeros, the last of which is `done`.
+    """
+    slots, device = topk_ids.numel(), topk_ids.device
+    routing = empty_routing(topk_ids, num_experts, rows)
+    starts = torch.empty(2 * num_experts, dtype=torch.int32, device=device)  # rows, then tiles
+    scale_rows = torch.empty_like(routing.destinations)
+    sizes = {"ROWS": rows, "PITCH": scale_pitch(rows), "SLOTS": SLOTS, "num_warps": 8}
+    grid, num_global = (triton.cdiv(slots, SLOTS),), 0 if expert_map is None else len(expert_map)
+    dependent = dependent_launch(device)
+    _count_kernel[grid](
+        topk_ids, expert_map, counts, counts[num_experts:], starts, routing.destinations,
+        routing.order, scale_rows, routing.tiles, routing.num_tiles, slots, num_experts,
+        num_global,
+        EXPERTS=triton.next_power_of_2(num_experts), ONE=grid[0] == 1, **sizes, **dependent,
+    )  # fmt: skip
+    if grid[0] > 1:
+        _place_kernel[grid](
+            topk_ids, expert_map, starts, routing.destinations, routing.order, scale_rows,
+            slots, num_experts, num_global, **sizes, **dependent,
+        )  # fmt: skip
+    return replace(routing, scale_rows=scale_rows)
