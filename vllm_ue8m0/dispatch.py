@@ -27,7 +27,7 @@ QUANT_OPERATORS = (
 )
 PRODUCT_OPERATORS = ("gemm", "linear", "experts", "batched_experts")
 OPERATORS = QUANT_OPERATORS + PRODUCT_OPERATORS
-SM90_OPERATORS = ("gemm", "linear")
+SM90_OPERATORS = ("gemm", "linear", "experts")
 MIN_CAPABILITY = (8, 0)  # Triton's, and bf16's
 
 
@@ -77,7 +77,7 @@ def _sm90_supports(op: str, device_type: str, explicit: bool) -> tuple[bool, str
         import_module(".sm90", __package__)
     except (ImportError, AttributeError) as error:
         return False, f"needs Gluon as in triton 3.6 or newer: {error}"
-    return True, "Gluon kernels for sm_90; portable's where sm90.products.refusal names a reason"
+    return True, "Gluon kernels for sm_90; portable's where sm90 refuses, with the reason"
 
 
 BACKENDS = (

@@ -56,3 +56,65 @@ def compile_and_print(name, source, gpu, options):
     registers = re.search(r"REG:(\d+)", usage).group(1)
     text = f"{spilled} bytes spilled, {registers} registers, {compiled.metadata.shared} shared"
     print(f"{name}: {text}, {' '.join(sorted(used))}", flush=True)
+
+
+class Launches:
+    """In place of a Gluon kernel: compiles for sm_90 what it is launched with, under `name`."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel, self.target = kernel, target(90)
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *arguments, **keywords):
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        names = self.kernel.arg_names
+        options = {k: keywords.pop(k) for k in tuple(keywords) if k not in names}
+        values = dict(zip(names, arguments, strict=False)) | keywords
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(self.kernel.params):
+            value = values[parameter.name]
+            kind, divisible = (
+                ("constexpr", False) if parameter.is_constexpr else self.describe(value)
+            )
+            if kind == "constexpr":
+                constants[(i,)] = value
+            elif not parameter.do_not_specialize and kind == "i32" and value == 1:
+                kind, constants[(i,)] = "constexpr", 1
+            if divisible and kind != "constexpr" and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = kind
+        source = GluonASTSource(self.kernel, signature, constants, attributes)
+        compile_and_print(self.name, source, self.target, options)
+
+    @staticmethod
+    def describe(value):
+        """Triton's type, and whether it is known to be a multiple of 16."""
+        import torch
+
+        names = {
+            torch.uint8: "u8",
+            torch.float32: "fp32",
+            torch.bfloat16: "bf16",
+            torch.int32: "i32",
+            torch.float8_e4m3fn: "fp8e4nv",
+        }
+        if value is None or isinstance(value, bool):
+            return "constexpr", False
+        if isinstance(value, int):
+            return "i32", value % 16 == 0
+        if isinstance(value, torch.Tensor):
+            return f"*{names[value.dtype]}", True
+        block = ", ".join(map(str, value.block_shape))
+        return f"tensordesc<{names[value.base.dtype]}[{block}],{value.layout!r}>", False
+
+
+def empty(*shape, dtype="f32"):
+    """A tensor without memory."""
+    import torch
+
+    dtypes = {"u8": torch.uint8, "f32": torch.float32, "bf16": torch.bfloat16}
+    dtypes |= {"i32": torch.int32, "e4m3": torch.float8_e4m3fn}
+    return torch.empty(*shape, dtype=dtypes[dtype], device="meta")

@@ -8,7 +8,7 @@ from bisect import bisect_left
 from functools import cache
 
 import pytest
-from offline_compiler import compile_and_print, number, report, target
+from offline_compiler import Launches, empty, number, report
 
 SHARED_BYTES = 227 * 1024
 # Block of rows of a, of w, stages, parts of K; N, K, scales (of a and w, or both), results, c and
@@ -120,65 +120,6 @@ def test_default_configurations_fit():
                 fitting = rules.prefill_stages(config, scale_bytes)
                 assert rules.prefill_bytes(config, scale_bytes, *fitting) <= SHARED_BYTES
             assert rules.prefill_stages(config, 1) == (config.stages, config.block_n)
-
-
-class Launches:
-    """In place of a kernel: compiles what it is launched with."""
-
-    def __init__(self, kernel) -> None:
-        self.kernel, self.target = kernel, target(90)
-
-    def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *arguments, **keywords):
-        from triton.experimental.gluon._runtime import GluonASTSource
-
-        names = self.kernel.arg_names
-        options = {k: keywords.pop(k) for k in tuple(keywords) if k not in names}
-        values = dict(zip(names, arguments, strict=False)) | keywords
-        signature, constants, attributes = {}, {}, {}
-        for i, parameter in enumerate(self.kernel.params):
-            value = values[parameter.name]
-            kind, divisible = self.describe(value)
-            if parameter.is_constexpr or value is None:
-                kind, constants[(i,)] = "constexpr", value
-            elif not parameter.do_not_specialize and kind == "i32" and value == 1:
-                kind, constants[(i,)] = "constexpr", 1
-            if divisible and kind != "constexpr" and not parameter.do_not_specialize:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-            signature[parameter.name] = kind
-        source = GluonASTSource(self.kernel, signature, constants, attributes)
-        compile_and_print(self.name, source, self.target, options)
-
-    @staticmethod
-    def describe(value):
-        """Triton's type, and whether it is known to be a multiple of 16."""
-        import torch
-
-        names = {
-            torch.uint8: "u8",
-            torch.float32: "fp32",
-            torch.bfloat16: "bf16",
-            torch.int32: "i32",
-            torch.float8_e4m3fn: "fp8e4nv",
-        }
-        if value is None or isinstance(value, bool):
-            return "constexpr", False
-        if isinstance(value, int):
-            return "i32", value % 16 == 0
-        if isinstance(value, torch.Tensor):
-            return f"*{names[value.dtype]}", True
-        block = ", ".join(map(str, value.block_shape))
-        return f"tensordesc<{names[value.base.dtype]}[{block}],{value.layout!r}>", False
-
-
-def empty(*shape, dtype="f32"):
-    import torch
-
-    dtypes = {"u8": torch.uint8, "f32": torch.float32, "bf16": torch.bfloat16}
-    dtypes |= {"i32": torch.int32, "e4m3": torch.float8_e4m3fn}
-    return torch.empty(*shape, dtype=dtypes[dtype], device="meta")
 
 
 def operands(M, N, K, scale, result, epilogue):

@@ -69,6 +69,14 @@ def pass_turn(warpgroup, _semantic=None):
 
 
 @gluon.jit
+def next_stage(stage, phase, STEP: gl.constexpr, STAGES: gl.constexpr):
+    """Of a ring, and the phase of its barriers."""
+    stage += STEP
+    wrap = stage == STAGES
+    return gl.where(wrap, 0, stage), gl.where(wrap, phase ^ 1, phase)
+
+
+@gluon.jit
 def float_scale(scale):
     """uint8 bytes -> float32, all 256 codes exactly; float32 passes through. As ue8m0.decode."""
     if scale.dtype == gl.uint8:
@@ -99,6 +107,22 @@ def quantize(x, UE8M0: gl.constexpr, FLOOR: gl.constexpr):
         scale = gl.div_rn(amax, gl.full_like(amax, 448.0))
         codes = _divide(x, gl.expand_dims(scale, 1))
     return codes.to(gl.float8e4nv), scale
+
+
+@gluon.jit
+def stored_scale(scale, UE8M0: gl.constexpr):
+    """Scales that `quantize` gave, as bytes or as they are."""
+    if UE8M0:
+        scale = (scale.to(gl.int32, bitcast=True) >> 23).to(gl.uint8)
+    return scale
+
+
+@gluon.jit
+def silu_mul(gate, up, DTYPE: gl.constexpr):
+    """silu(gate) * up of float32 sums, rounded where silu_mul_quant and its DTYPE input are."""
+    gate = gate.to(DTYPE).to(gl.float32)
+    silu = (gate / (1.0 + gl.exp(-gate))).to(DTYPE).to(gl.float32)
+    return (silu * up.to(DTYPE).to(gl.float32)).to(DTYPE).to(gl.float32)
 
 
 @gluon.jit

@@ -35,6 +35,7 @@ from .hopper import (
     code_tiles,
     copy_to_shared,
     float_scale,
+    next_stage,
     pass_turn,
     reinterpret,
     result_tiles,
@@ -73,13 +74,6 @@ def _blocks(split, NK, BLOCK_M: gl.constexpr, SPLITS: gl.constexpr):
 
 
 @gluon.jit
-def _next_stage(stage, phase, STEP: gl.constexpr, STAGES: gl.constexpr):
-    stage += STEP
-    wrap = stage == STAGES
-    return gl.where(wrap, 0, stage), gl.where(wrap, phase ^ 1, phase)
-
-
-@gluon.jit
 def _copy(
     a_desc, as_desc, w_desc, a_smem, as_smem, w_smem, ready, empty, tiles_m, tiles_n, NK,
     STAGES: gl.constexpr, GROUP_M: gl.constexpr, SPLITS: gl.constexpr,
@@ -112,7 +106,7 @@ def _copy(
             copy_to_shared(a_desc, [m * BLOCK_M, k * 128], bar, a_smem.index(stage))
             copy_to_shared(as_desc, [k, m * BLOCK_M], bar, as_smem.index(stage))
             done += 1
-            stage, phase = _next_stage(stage, phase, 1, STAGES)
+            stage, phase = next_stage(stage, phase, 1, STAGES)
 
 
 @gluon.jit
@@ -170,7 +164,7 @@ def _multiply(
                 token = warpgroup_mma(a.slice(ROW + 64, 64), w, raw0, use_acc=False, is_async=True)
                 pass_turn(WG)
                 used = empty.index(stage)
-                stage, phase = _next_stage(stage, phase, 1, STAGES)
+                stage, phase = next_stage(stage, phase, 1, STAGES)
                 mbarrier.wait(ready.index(stage), phase, pred=k + 1 < past)
                 as0 = scales.index(stage * 4 + WG * 2).load(rows)
                 as1 = scales.index(stage * 4 + WG * 2 + 1).load(rows)
@@ -206,7 +200,7 @@ def _multiply(
                 mbarrier.arrive(empty.index(stage), count=1)
                 mbarrier.arrive(empty.index(stage + 1), count=1)
                 acc0 = add_scaled_rows(raw1, f1, acc0)
-                stage, phase = _next_stage(stage, phase, 2, STAGES)
+                stage, phase = next_stage(stage, phase, 2, STAGES)
         row = m * BLOCK_M + ROW
         smem = out_smem.index(WG)
         last = True

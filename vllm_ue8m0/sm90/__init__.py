@@ -1,9 +1,19 @@
-"""The sm_90 backend (H100, H200): Gluon kernels for the dense products.
+"""The sm_90 backend (H100, H200): Gluon kernels for products, dense and of experts.
 
 The operators it has take what `reference` and `portable` take; what its kernels do not cover
 (`products.refusal`) goes to `portable`.
 """
 
+from .experts import experts
+from .experts import refusal as experts_refusal
 from .products import GEMM_SCALE_LAYOUT, describe, gemm, linear, refusal
 
-__all__ = ["GEMM_SCALE_LAYOUT", "describe", "gemm", "linear", "refusal"]
+__all__ = [
+    "GEMM_SCALE_LAYOUT",
+    "describe",
+    "experts",
+    "experts_refusal",
+    "gemm",
+    "linear",
+    "refusal",
+]

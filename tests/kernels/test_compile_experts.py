@@ -1,0 +1,128 @@
+"""The sm_90 experts' kernels compile as they are launched; see test_compile_hopper.py."""
+
+from functools import cache
+
+from offline_compiler import Launches, empty, number, report
+
+SHARED_BYTES = 227 * 1024
+# Tokens, experts held and in all, intermediate size; scales, factors, whether K is one part.
+LAYERS = (
+    (1, 256, 256, 2048, "u8", False, False),
+    (1, 256, 256, 256, "f32", True, False),
+    (1, 32, 256, 2048, "u8", False, True),
+    (8, 256, 256, 2048, "u8", False, False),
+    (128, 256, 256, 256, "u8", True, False),
+    (128, 32, 256, 2048, "f32", False, True),
+    (512, 256, 256, 2048, "u8", False, False),
+    (1024, 256, 256, 2048, "u8", True, False),
+    (1024, 32, 256, 2048, "f32", False, False),
+    (2048, 256, 256, 2048, "u8", False, False),
+    (2048, 256, 256, 256, "f32", True, False),
+)
+H, TOPK, SMS = 7168, 8, 132
+
+
+@cache
+def compiled():
+    return report(__file__)
+
+
+def test_experts_compile():
+    lines = compiled()
+    assert len(lines) == 2 * len(LAYERS)
+    for name, line in lines.items():
+        assert number(line, "bytes spilled") == 0, f"{name}: {line}"
+        assert number(line, "shared") <= SHARED_BYTES, f"{name}: {line}"
+        columns = name.split()[1]  # of the tensor cores' result
+        assert f"wgmma.mma_async.sync.aligned.m64n{columns}k32.f32.e4m3.e4m3" in line, name
+        assert "cp.async.bulk.tensor" in line, name
+        assert "griddepcontrol.wait" in line, name
+        assert "griddepcontrol.launch_dependents" in line, name
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in line) == ("gated" in name), name
+
+
+def test_estimates_of_shared_memory_hold():
+    for name, line in compiled().items():
+        least, estimate = number(line, "shared"), int(name.rpartition(" ")[2])
+        assert least <= estimate <= least + 16 * 1024, f"{name}: {line}"
+
+
+def test_both_products_of_few_rows_fit_an_sm_together():
+    """So that the second one's weights are on their way while the first one ends."""
+    from vllm_ue8m0.kernels import expert_config as rules
+
+    for M, E, num_global, inner, scale, _, _ in LAYERS:
+        if M > 512:
+            continue
+        scale_bytes = 1 if scale == "u8" else 4
+        config = rules.experts_config(M, TOPK, E, num_global, H, inner, scale_bytes, False, SMS)
+        used = sum(
+            (rules.shared_bytes(product, config.rows, K // 128, gated, M == 1, scale_bytes) + 1024)
+            * (product.programs // SMS)
+            for product, K, gated in ((config.gated, H, True), (config.down, inner, False))
+        )
+        assert used <= rules.SM_BYTES, (M, E, inner)
+
+
+def compile_layers() -> None:
+    import torch
+
+    from vllm_ue8m0.kernels import expert_config as rules
+    from vllm_ue8m0.kernels import expert_decode, expert_prefill
+    from vllm_ue8m0.kernels.route import Routing
+
+    decode = expert_decode._expert_decode_kernel = Launches(expert_decode._expert_decode_kernel)
+    prefill = expert_prefill._expert_prefill_kernel = Launches(
+        expert_prefill._expert_prefill_kernel
+    )
+    for M, E, num_global, inner, scale, factors, invariant in LAYERS:
+        slots, scale_bytes = M * TOPK, 1 if scale == "u8" else 4
+        config = rules.experts_config(M, TOPK, E, num_global, H, inner, scale_bytes, invariant, SMS)
+        one = M == 1
+        routing = Routing(
+            empty(slots, 5, dtype="i32"), empty(1, dtype="i32"), empty(slots, dtype="i32"),
+            empty(slots, dtype="i32"), empty(slots, dtype="i32"),
+        )  # fmt: skip
+        ids, count = empty(TOPK, dtype="i32"), empty(1 << 16, dtype="i32")
+        expert_map = empty(num_global, dtype="i32") if num_global > E else None
+        for gated, N, K in ((True, 2 * inner, H), (False, H, inner)):
+            fused = gated and one
+            a = empty(1, K, dtype="bf16") if fused else empty(slots, K, dtype="e4m3")
+            out = empty(slots, N // 2, dtype="e4m3") if gated else empty(slots, N, dtype="bf16")
+            operands = {
+                "a": a,
+                "a_s": None if fused else scales(slots, K, scale),
+                "w": empty(E, N, K, dtype="e4m3"),
+                "sf": empty(E, N // 128, K // 128, dtype=scale),
+                "c": empty(E, N // 128) if factors else None,
+                "out": out,
+                "out_s": scales(slots, N // 2, scale) if gated else None,
+                "slot_weights": None if gated else empty(slots),
+                "ue8m0": scale == "u8",
+                "floor": 105,
+                "dtype": torch.bfloat16,
+            }
+            kind = "gated" if gated else "down"
+            product = config.gated if gated else config.down
+            if product is None:
+                estimate = rules.prefill_bytes(expert_prefill.STAGES, scale_bytes)
+                prefill.name = f"prefill 128 {kind} {M} {E} {inner} {scale} {estimate}"
+                expert_prefill.launch(**operands, routing=routing, counter=count[:1], programs=SMS)
+                continue
+            estimate = rules.shared_bytes(product, config.rows, K // 128, gated, one, scale_bytes)
+            decode.name = f"decode {config.rows} {kind} {M} {E} {inner} {scale} {estimate}"
+            expert_decode.launch(
+                **operands, routing=None if one else routing, ids=ids if one else None,
+                expert_map=expert_map if one else None,
+                combined=empty(1, N, dtype="bf16") if one and not gated else None,
+                counters=count, rows=config.rows, config=product,
+            )  # fmt: skip
+
+
+def scales(rows, K, dtype):
+    """Column-major, as `empty_quantized` pads them."""
+    return empty(K // 128, -(-rows // 16) * 16, dtype=dtype).mT[:rows]
+
+
+if __name__ == "__main__":
+    compile_layers()

@@ -1,0 +1,161 @@
+"""Routed experts on sm_90: the same bits as their steps one by one, in every kernel."""
+
+import pytest
+import torch
+from checks import random_codes, random_scale, same_bits
+
+from vllm_ue8m0 import portable
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="needs a GPU of sm_90",
+)
+
+U8, F32, BF16 = torch.uint8, torch.float32, torch.bfloat16
+GRAN = (128, 128)
+
+
+@pytest.fixture
+def sm90():
+    from vllm_ue8m0 import sm90
+
+    return sm90
+
+
+def weights(E, H, I, dtype=U8, with_c=False):  # noqa: E741
+    w13, w2 = (random_codes(E, *s, device="cuda") for s in ((2 * I, H), (H, I)))
+    blocks = -(-H // 128)
+    sf13 = random_scale(E, 2 * I // 128, blocks, dtype=dtype, device="cuda")
+    sf2 = random_scale(E, blocks, I // 128, dtype=dtype, device="cuda")
+    if dtype == U8:  # keeps the results within float16
+        sf13, sf2 = sf13 - 9, sf2 - 9
+    else:
+        sf13, sf2 = sf13 * 2.0**-9, sf2 * 2.0**-9
+    c13 = c2 = None
+    if with_c:
+        c13, c2 = (torch.rand(*sf.shape[:2], device="cuda") + 1 for sf in (sf13, sf2))
+    return w13, sf13, c13, w2, sf2, c2
+
+
+def routing(M, topk, E, first=-1, last=None):
+    ids = torch.randint(first, last or E + 1, (M, topk), device="cuda", dtype=torch.int32)
+    return torch.rand(M, topk, device="cuda"), ids
+
+
+def run(experts, x, w, route, kind="ue8m0"):
+    return experts(x, *w, *route, GRAN, GRAN, kind, False)
+
+
+def step_by_step(sm90, x, w, route, kind="ue8m0"):
+    """Every expert's rows by the dense products; a product is weighted, then rounded."""
+    w13, sf13, c13, w2, sf2, c2 = w
+    topk_weights, topk_ids = route
+    M, topk = topk_ids.shape
+    products = torch.zeros(M, topk, x.shape[1], dtype=x.dtype, device=x.device)
+    ue8m0 = kind == "ue8m0"
+    for e in range(len(w13)):
+        token, k = (topk_ids == e).nonzero(as_tuple=True)
+        if not len(token):
+            continue
+        a, a_s = portable.act_quant(x[token], 128, ue8m0)
+        c = None if c13 is None else c13[e]
+        gate_up = sm90.gemm(a, a_s, w13[e], sf13[e], c, None, GRAN, x.dtype)
+        hidden, hidden_s = portable.silu_mul_quant(gate_up, 128, ue8m0)
+        c = None if c2 is None else c2[e]
+        out = sm90.gemm(hidden, hidden_s, w2[e], sf2[e], c, None, GRAN, F32)
+        products[token, k] = (out * topk_weights[token, k, None]).to(x.dtype)
+    total = torch.zeros(x.shape, device=x.device)
+    for k in range(topk):
+        total += products[:, k].float()
+    return total.to(x.dtype)
+
+
+# Rows of an expert reach every tile height, and more than one tile.
+@pytest.mark.parametrize(("M", "topk", "E"), [
+    (1, 8, 32), (1, 2, 3), (2, 8, 64), (9, 4, 16), (40, 8, 64), (60, 8, 16), (200, 4, 32),
+    (150, 8, 24), (300, 8, 8), (517, 2, 5), (700, 8, 9),
+])  # fmt: skip
+@pytest.mark.parametrize(("H", "I"), [(1024, 256), (400, 128), (7168, 128)])
+def test_same_bits_as_step_by_step(sm90, monkeypatch, M, topk, E, H, I):  # noqa: E741
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    x, w, route = (
+        torch.randn(M, H, device="cuda", dtype=BF16),
+        weights(E, H, I),
+        routing(M, topk, E),
+    )
+    assert sm90.experts_refusal(w[0], w[1], w[3], w[4], GRAN, GRAN, "ue8m0") is None
+    expected = step_by_step(sm90, x, w, route)
+    for _ in range(2):  # the second finds the counters that the first left
+        assert same_bits(run(sm90.experts, x, w, route), expected)
+
+
+@pytest.mark.parametrize("M", [1, 7, 300])
+@pytest.mark.parametrize("kind", ["ue8m0", "fp32"])
+@pytest.mark.parametrize("x_dtype", [BF16, torch.float16])
+def test_kinds_of_scales_and_factors(sm90, monkeypatch, M, kind, x_dtype):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    w = weights(8, 640, 256, F32 if kind == "fp32" else U8, with_c=True)
+    x, route = torch.randn(M, 640, device="cuda", dtype=x_dtype), routing(M, 4, 8)
+    expected = step_by_step(sm90, x, w, route, kind)
+    assert same_bits(run(sm90.experts, x, w, route, kind), expected)
+
+
+@pytest.mark.parametrize("M", [1, 2, 30, 64])
+def test_divided_products(sm90, monkeypatch, M):
+    """K of the gated product in parts: near the whole sum, and the same bits every time."""
+    w, route = weights(8, 7168, 256), routing(M, 2, 8)
+    x = torch.randn(M, 7168, device="cuda", dtype=BF16)
+    outs = [run(sm90.experts, x, w, route) for _ in range(5)]
+    assert all(same_bits(outs[0], out) for out in outs[1:])
+    expected = step_by_step(sm90, x, w, route).float()
+    assert (outs[0].float() - expected).norm() <= 5e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("M", [1, 5, 200])
+def test_routing_edges(sm90, monkeypatch, M):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    w, x = weights(6, 512, 128), torch.randn(M, 512, device="cuda", dtype=BF16)
+    scale = torch.rand(M, 3, device="cuda")
+    for ids in (
+        torch.full((M, 3), -1),  # nothing
+        torch.full((M, 3), 4),  # everything on one expert, three times a token
+        torch.tensor([[0, -1, 6]]).expand(M, 3),  # mostly elsewhere
+        torch.tensor([[5, 5, 0]]).expand(M, 3),
+    ):
+        for dtype in (torch.int32, torch.int64):
+            route = scale, ids.to("cuda", dtype)
+            expected = step_by_step(sm90, x, w, route)
+            assert same_bits(run(sm90.experts, x, w, route), expected)
+
+
+@pytest.mark.parametrize("M", [33, 150, 400])
+def test_a_row_does_not_depend_on_the_batch(sm90, monkeypatch, M):
+    """Also where other rows are NaN, and in every regime when batch-invariant."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    w, (scale, ids) = weights(16, 1024, 256), routing(M, 4, 16)
+    x = torch.randn(M, 1024, device="cuda", dtype=BF16)
+    whole = run(sm90.experts, x, w, (scale, ids))
+    for rows in ([0], [3, 1], list(range(M // 2))):
+        part = run(sm90.experts, x[rows], w, (scale[rows], ids[rows]))
+        assert same_bits(part, whole[rows])
+    spoiled = x.clone()
+    spoiled[1::2] = torch.nan
+    assert same_bits(run(sm90.experts, spoiled, w, (scale, ids))[::2], whole[::2])
+
+
+@pytest.mark.parametrize("M", [1, 16, 300])
+def test_graphs_replay(sm90, M):
+    w, x = weights(8, 1024, 256), torch.randn(M, 1024, device="cuda", dtype=BF16)
+    scale, ids = routing(M, 4, 8)
+    run(sm90.experts, x, w, (scale, ids))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(sm90.experts, x, w, (scale, ids))
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        ids.copy_(routing(M, 4, 8)[1])
+        expected = run(sm90.experts, x, w, (scale, ids))
+        out.fill_(torch.nan)
+        graph.replay()
+        assert same_bits(out, expected)

@@ -1,0 +1,113 @@
+"""Launch configurations of the sm_90 experts, by rules.
+
+What decides is how many rows an expert is expected to get, from numbers that the host knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..layouts import ceil_div
+from .hopper_config import HALF_SHARED_BYTES, SHARED_BYTES
+
+# Most expected rows of an expert for tiles of so many; more, and the tensor cores limit.
+TOKENS = ((3, 8), (9, 16), (22, 32), (48, 64))
+PREFILL_ROWS = 128
+MOST_TOPK = 16  # of one token without sorting
+MAX_STAGES = 4
+SM_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of an SM, and what each program takes beside its own
+FUSED_BYTES = 142 * 1024  # leaves two programs of the other product two stages each
+
+
+@dataclass(frozen=True)
+class Product:
+    """expert_decode: rows of w a tile, ring stages, parts of K, programs (a multiple of those)."""
+
+    block_n: int
+    stages: int
+    splits: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """rows: of a tile. gated, down: of expert_decode; None: expert_prefill.
+
+    one_token: every slot of the only token is a tile.
+    """
+
+    rows: int
+    gated: Product | None = None
+    down: Product | None = None
+    one_token: bool = False
+
+
+def part_blocks(NK: int, step: int, splits: int) -> int:
+    """A power of two, at least the blocks of K of any part, which has whole stages of `step`."""
+    return 1 << (step * ceil_div(ceil_div(NK, step), splits) - 1).bit_length()
+
+
+def shared_bytes(
+    product: Product, rows: int, NK: int, gated: bool, one_token: bool, scale_bytes: int
+) -> int:
+    """Shared memory of expert_decode: ring, one token's codes, scales of w, a layout's change."""
+    step, fused = 1 if gated else 2, gated and one_token
+    blocks = part_blocks(NK, step, product.splits)
+    stage = 2 * 128 * product.block_n + (0 if fused else step * 128 * (rows + scale_bytes))
+    token = blocks * rows * (128 + 4) if fused else 0
+    return product.stages * stage + token + 16 * blocks + product.block_n * rows * 4 + 256
+
+
+def prefill_bytes(stages: int, scale_bytes: int) -> int:
+    """Shared memory of expert_prefill: ring, a layout's change of 64 x 128 16-bit results."""
+    return stages * 128 * (3 * 128 + scale_bytes) + 64 * 128 * 2 + 256
+
+
+def experts_config(
+    M: int, topk: int, E: int, num_global: int, H: int, inner: int, scale_bytes: int,
+    invariant: bool, sms: int,
+) -> ExpertsConfig:  # fmt: skip
+    """num_global: experts that topk_ids choose from, of which E are here; inner: their width."""
+    expected = max(1.0, M * topk / num_global)
+    fitting = [tokens for most, tokens in TOKENS if expected <= most]
+    if not fitting:
+        return ExpertsConfig(PREFILL_ROWS)
+    rows, one_token = fitting[0], M == 1 and topk <= MOST_TOPK
+
+    def deepest(product: Product, budgets: tuple[int, ...], gated: bool) -> Product:
+        """Two stages at least, in the first budget that has room for them."""
+        NK = ceil_div(H if gated else inner, 128)
+        for budget in budgets:
+            for stages in range(MAX_STAGES, 1, -1):
+                choice = replace(product, stages=stages)
+                if shared_bytes(choice, rows, NK, gated, one_token, scale_bytes) <= budget:
+                    return choice
+        raise AssertionError(f"{product} of {rows} rows fits no SM")
+
+    divided = one_token and not invariant
+    splits = gated_splits(topk * E / num_global, H, inner, sms) if divided else 1
+    gated = Product(128, 1, splits, sms // splits * splits)
+    # The other product's programs start beside this one's, and its weights are on their way.
+    gated = deepest(gated, (HALF_SHARED_BYTES, FUSED_BYTES, SHARED_BYTES), True)
+    used = shared_bytes(gated, rows, ceil_div(H, 128), True, one_token, scale_bytes)
+    # Eight warps of an SM multiply. H100, 2026-11-23, 256 experts of 2048, 1 and 128 tokens:
+    # 130 and 3,779 us; one program of 64 columns an SM, which is four warps: 139 and 3,880.
+    each = 2 if rows <= 16 else 1
+    beside = (SM_BYTES - used - (1 + each) * RESERVED_BYTES) // each
+    down = Product(128 // each, 1, 1, each * sms)
+    down = deepest(down, (min(beside, HALF_SHARED_BYTES), SHARED_BYTES // each), False)
+    return ExpertsConfig(rows, gated, down, one_token)
+
+
+def gated_splits(experts: float, H: int, inner: int, sms: int) -> int:
+    """Parts of K of the gated product: what fills the SMs for one token's experts.
+
+    At least one and a half units for each: H100, 2026-11-23, 256 experts of 2048: 129 us in two
+    parts, 130 whole, 132 in four; of 256: 25.9 in eight, 26.9 in four. More tokens have more
+    experts, and adding parts costs more than SMs without work: 256 experts of 256, 8 and 16 tokens:
+    130 and 210 us; in eight parts 150 and 250.
+    """
+    units, splits = max(1.0, experts) * ceil_div(inner, 128), 1
+    while units * splits < 1.5 * sms and 8 * splits <= ceil_div(H, 128):
+        splits *= 2
+    return splits

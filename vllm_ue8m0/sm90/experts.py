@@ -1,0 +1,142 @@
+"""Routed experts: sort, quantize, gated product, product, sum.
+
+one token    expert_decode twice: every slot is a tile, x is quantized inside, the second sums
+few rows     route and act_quant to sorted rows (few slots: route_quant), expert_decode twice,
+             combine
+many rows    the same with expert_prefill
+otherwise    portable's kernels: see `refusal`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import portable
+from ..formats import BLOCK, SF_FLOOR
+from ..kernels import act_quant, expert_decode, expert_prefill, grouped_gemm, route, route_quant
+from ..kernels.config import act_quant_config, batch_invariant
+from ..kernels.expert_config import experts_config
+from ..kernels.hopper_config import device_of
+from ..layouts import ceil_div, empty_scale
+from ..portable.quant import kernel_scale, unit_stride
+from .counters import counters
+from .products import E4M3
+
+LAYOUT = "mn_major"
+
+
+def experts(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    sf13: torch.Tensor,
+    c13: torch.Tensor | None,
+    w2: torch.Tensor,
+    sf2: torch.Tensor,
+    c2: torch.Tensor | None,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    gran13: Sequence[int],
+    gran2: Sequence[int],
+    activation_scale: str,
+    weight_on_input: bool,
+    expert_map: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Routed experts; see reference.experts. Ids outside [0, E) are skipped."""
+    if refusal(w13, sf13, w2, sf2, gran13, gran2, activation_scale) is not None:
+        return portable.experts(
+            x, w13, sf13, c13, w2, sf2, c2, topk_weights, topk_ids, gran13, gran2,
+            activation_scale, weight_on_input, expert_map, out,
+        )  # fmt: skip
+    (M, topk), (E, N, H), device = topk_ids.shape, w13.shape, x.device
+    slots, ue8m0, I = M * topk, activation_scale == "ue8m0", N // 2  # noqa: E741
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if slots == 0:
+        return out.zero_()
+    _, sms = device_of(device.index)
+    num_global = E if expert_map is None else len(expert_map)
+    config = experts_config(M, topk, E, num_global, H, I, 1 if ue8m0 else 4, batch_invariant(), sms)
+    source = x * topk_weights.to(x.dtype) if weight_on_input else x
+    weights = None if weight_on_input else topk_weights.reshape(-1)
+    ids = topk_ids.contiguous()
+    gated, down = config.gated, config.down
+    tiles = slots if config.one_token else route.most_tiles(slots, E, config.rows)
+    scale_rows = tiles * route.scale_pitch(config.rows)
+    hidden, hidden_s = _empty_quantized(slots, I, scale_rows, ue8m0, device)
+    products = torch.empty(slots, H, dtype=x.dtype, device=device)
+    first = (w13, kernel_scale(sf13), c13, hidden, hidden_s)
+    second = (hidden, hidden_s, w2, kernel_scale(sf2), c2, products, None)
+    quantization: dict[str, Any] = {"ue8m0": ue8m0, "floor": SF_FLOOR, "dtype": x.dtype}
+
+    if config.one_token:
+        assert gated is not None
+        assert down is not None
+        count = counters(w13, max(topk * ceil_div(I, BLOCK), ceil_div(H, down.block_n)))
+        token: dict[str, Any] = quantization | {
+            "routing": None, "ids": ids.view(-1), "expert_map": expert_map, "counters": count,
+            "rows": config.rows,
+        }  # fmt: skip
+        expert_decode.launch(
+            source.contiguous(), None, *first, slot_weights=None, combined=None, config=gated,
+            **token,
+        )  # fmt: skip
+        expert_decode.launch(*second, slot_weights=weights, combined=out, config=down, **token)
+        return out
+
+    a, a_s = _empty_quantized(slots, H, scale_rows, ue8m0, device)
+    source = unit_stride(source)
+    if slots <= route_quant.MOST_SLOTS:
+        routing = route_quant.launch(source, a, a_s, ids, expert_map, E, config.rows, SF_FLOOR)
+    else:
+        routing = route.launch(ids, expert_map, E, config.rows, counters(w2, E + 1))
+        act_quant.launch(
+            source[None], a, a_s[None], BLOCK, SF_FLOOR, True,
+            act_quant_config(M, ceil_div(H, BLOCK), True),
+            destinations=routing.destinations, scale_rows=routing.scale_rows,
+        )  # fmt: skip
+    if gated is not None and down is not None:
+        few: dict[str, Any] = quantization | {
+            "routing": routing, "ids": None, "expert_map": None, "combined": None,
+            "counters": None, "rows": config.rows,
+        }  # fmt: skip
+        expert_decode.launch(a, a_s, *first, slot_weights=None, config=gated, **few)
+        expert_decode.launch(*second, slot_weights=weights, config=down, **few)
+    else:
+        many: dict[str, Any] = quantization | {"routing": routing, "programs": sms}
+        one, other = counters(w2, 64)[:1], counters(w13, 64)[:1]
+        expert_prefill.launch(a, a_s, *first, slot_weights=None, counter=one, **many)
+        expert_prefill.launch(*second, slot_weights=weights, counter=other, **many)
+    grouped_gemm.combine(products, routing.destinations, slots, out)
+    return out
+
+
+def _empty_quantized(
+    rows: int, K: int, scale_rows: int, ue8m0: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [rows, K], and scales at rows of their own: see route.py."""
+    codes = torch.empty(rows, K, dtype=E4M3, device=device)
+    return codes, empty_scale((), scale_rows, ceil_div(K, BLOCK), ue8m0, LAYOUT, device)
+
+
+def refusal(
+    w13: torch.Tensor, sf13: torch.Tensor, w2: torch.Tensor, sf2: torch.Tensor,
+    gran13: Sequence[int], gran2: Sequence[int], activation_scale: str,
+) -> str | None:  # fmt: skip
+    """Why the sm_90 kernels do not run these experts, or None."""
+    if activation_scale == "none":
+        return "activations are not quantized"
+    for name, gran in (("w13", gran13), ("w2", gran2)):
+        if tuple(gran) != (BLOCK, BLOCK):
+            return f"{name}: scale blocks of {gran[0]}x{gran[1]}, not {BLOCK}x{BLOCK}"
+    for name, w, sf in (("w13", w13, sf13), ("w2", w2, sf2)):
+        if not w.is_contiguous() or w.data_ptr() % 16 or w.shape[-1] % 16:
+            return f"{name} is not contiguous with rows at multiples of 16 bytes"
+        if not sf.is_contiguous():
+            return f"scales of {name} are not contiguous"
+    if w13.dtype != E4M3 or w13.shape[1] % (2 * BLOCK):
+        return f"intermediate size {w13.shape[1] // 2} is not a multiple of {BLOCK}"
+    return None
