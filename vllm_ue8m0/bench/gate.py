@@ -30,9 +30,11 @@ PRODUCT_DIFF = 5e-6
 # Between two products of the same operands, and where activations are quantized with other scales:
 # e4m3 rounds to about 3.7e-2 of a product's norm, so two such roundings lie about 1.4e-3 apart.
 SAME_PRODUCT, SAME_VALUES = 1e-4, 1e-2
-# Of routed experts. Of their peers one that does not round silu(gate) * up to bf16 is up to 1e-3
-# away, one with float32 activation scales 5e-3 (emulated): SAME_VALUES is for both.
-EXPERTS_DIFF = 1e-4
+# Of routed experts: the tensor cores' sums of 14 bits turn some codes of the hidden state to their
+# neighbours, up to 1.1e-4 in one of 64 rows (H100, 2026-11-23). Of their peers one that does not
+# round silu(gate) * up to bf16 is up to 1e-3 away, one with float32 activation scales 5e-3
+# (emulated): SAME_VALUES is for both.
+EXPERTS_DIFF = 3e-4
 
 
 @dataclass(frozen=True)
