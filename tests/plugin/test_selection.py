@@ -119,6 +119,17 @@ def test_version_warning_names_the_range():
         assert "0.26 to 0.33" in compat.version_warning(version)
 
 
+def test_experts_refuse_what_dispatches_inside_experts():
+    from vllm_ue8m0.plugin.moe import Ue8m0Experts
+
+    supports = Ue8m0Experts._supports_parallel_config
+    assert supports(SimpleNamespace())  # a release that has none of these kinds
+    kinds = {"use_moonep_kernels": False, "use_passthrough_all2all": False}
+    assert supports(SimpleNamespace(**kinds))
+    for kind in kinds:
+        assert not supports(SimpleNamespace(**{**kinds, kind: True}))
+
+
 def test_import_of_the_package_loads_neither_triton_nor_vllm():
     code = "import vllm_ue8m0, sys; print(sorted({'vllm', 'triton', 'torch'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

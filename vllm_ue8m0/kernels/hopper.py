@@ -10,7 +10,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import extern, inline_asm_elementwise
 
-# Names of Triton 3.9, which keeps the old ones as stubs that raise, or else of 3.6.
+# The new name first: the copies have theirs since Triton 3.8, the old ones are stubs that raise
+# since 3.9; the barrier since 3.7.
 copy_to_shared = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 copy_to_global = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -21,7 +22,7 @@ NAN_BITS = gl.constexpr(0x7FC00000)
 
 @builtin
 def reinterpret(smem, dtype, shape, layout, _semantic=None):
-    """The same shared memory, seen otherwise; `_reinterpret` in Triton 3.6."""
+    """The same shared memory, seen otherwise; `_reinterpret` until Triton 3.8."""
     method = getattr(smem, "reinterpret", None) or smem._reinterpret
     return method(dtype, shape, layout, _semantic=_semantic)
 

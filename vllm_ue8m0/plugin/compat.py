@@ -1,7 +1,8 @@
 """The only module that imports vLLM, and the one place for what differs between its releases.
 
-Tested range: 0.26 to 0.33. Names that pull in model code are resolved on first use, so that
-registering the method costs milliseconds.
+`TESTED` has a file of signatures for every release, against which a test holds what is imported,
+called and overridden here and in the modules that use this one. Names that pull in model code are
+resolved on first use, so that registering the method costs milliseconds.
 """
 
 from __future__ import annotations
@@ -17,33 +18,40 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 TESTED = ((0, 26), (0, 33))
 
-_LAYERS = "vllm.model_executor.layers"
+# By module; read by tools/signatures, which looks for them in every release.
 _LAZY = {
-    "LinearBase": f"{_LAYERS}.linear",
-    "LinearMethodBase": f"{_LAYERS}.linear",
-    "UnquantizedLinearMethod": f"{_LAYERS}.linear",
-    "register_weight_loader_v2_supported_method": f"{_LAYERS}.linear",
-    "BlockQuantScaleParameter": "vllm.model_executor.parameter",
-    "ModelWeightParameter": "vllm.model_executor.parameter",
-    "set_weight_attrs": "vllm.model_executor.utils",
-    "is_layer_skipped": f"{_LAYERS}.quantization.utils.quant_utils",
-    "RoutedExperts": f"{_LAYERS}.fused_moe",
-    "FusedMoEMethodBase": f"{_LAYERS}.fused_moe",
-    "UnquantizedFusedMoEMethod": f"{_LAYERS}.fused_moe.unquantized_fused_moe_method",
-    "FusedMoeWeightScaleSupported": f"{_LAYERS}.fused_moe.routed_experts",
-    "FusedMoEExpertsModular": f"{_LAYERS}.fused_moe.modular_kernel",
-    "FusedMoEActivationFormat": f"{_LAYERS}.fused_moe.modular_kernel",
-    "FusedMoEKernel": f"{_LAYERS}.fused_moe.modular_kernel",
-    "FusedMoEQuantConfig": f"{_LAYERS}.fused_moe.config",
-    "MoEActivation": f"{_LAYERS}.fused_moe.activation",
-    "fp8_w8a16_moe_quant_config": f"{_LAYERS}.fused_moe.config",
-    "TopKWeightAndReduceDelegate": f"{_LAYERS}.fused_moe.topk_weight_and_reduce",
-    "TopKWeightAndReduceNoOP": f"{_LAYERS}.fused_moe.topk_weight_and_reduce",
+    "vllm.model_executor.layers.fused_moe": ("FusedMoEMethodBase", "RoutedExperts"),
+    "vllm.model_executor.layers.fused_moe.activation": ("MoEActivation",),
+    "vllm.model_executor.layers.fused_moe.config": ("fp8_w8a16_moe_quant_config",),
+    "vllm.model_executor.layers.fused_moe.modular_kernel": (
+        "FusedMoEActivationFormat",
+        "FusedMoEExpertsModular",
+        "FusedMoEKernel",
+    ),
+    "vllm.model_executor.layers.fused_moe.routed_experts": ("FusedMoeWeightScaleSupported",),
+    "vllm.model_executor.layers.fused_moe.topk_weight_and_reduce": (
+        "TopKWeightAndReduceDelegate",
+        "TopKWeightAndReduceNoOP",
+    ),
+    "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method": (
+        "UnquantizedFusedMoEMethod",
+    ),
+    "vllm.model_executor.layers.linear": (
+        "LinearBase",
+        "LinearMethodBase",
+        "UnquantizedLinearMethod",
+        "register_weight_loader_v2_supported_method",
+    ),
+    "vllm.model_executor.layers.quantization.utils.quant_utils": ("is_layer_skipped",),
+    "vllm.model_executor.parameter": ("BlockQuantScaleParameter", "ModelWeightParameter"),
+    "vllm.model_executor.utils": ("set_weight_attrs",),
 }
+_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 __all__ = [
     "QuantizationConfig",
     "current_config",
     "deep_gemm_conditions",
+    "dispatches_inside_experts",
     "init_logger",
     "knows_method",
     "make_prepare_finalize",
@@ -51,13 +59,13 @@ __all__ = [
     "register_quantization_config",
     "replace_parameter",
     "version_warning",
-    *_LAZY,
+    *_MODULE_OF,
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -85,14 +93,22 @@ def current_config() -> Any:
 
 
 def replace_parameter(layer: Any, name: str, tensor: Any) -> None:
-    """Swap a parameter's data, keeping its loader: 0.26 and 0.33 name the argument differently."""
+    """Swap a parameter's data, keeping its loader.
+
+    By position: `new_data` is `new_tensor` since 0.28. Since 0.33 the parameter stays the same
+    object, so read the attribute again rather than relying on either.
+    """
     from vllm.model_executor.utils import replace_parameter as replace
 
     replace(layer, name, tensor)
 
 
 def make_prepare_finalize(moe: Any, quant_config: Any, layer: Any) -> Any:
-    """How tokens reach the experts and come back, from the keywords that 0.26 and 0.33 share."""
+    """How tokens reach the experts and come back, from the keywords that all releases share.
+
+    Further ones came and went: `eep_stage` until 0.29, `all2all_manager` since 0.30, `input_dtype`
+    since 0.31.
+    """
     from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
 
     return maybe_make_prepare_finalize(
@@ -102,6 +118,15 @@ def make_prepare_finalize(moe: Any, quant_config: Any, layer: Any) -> Any:
         allow_new_interface=True,
         use_monolithic=False,
     )
+
+
+def dispatches_inside_experts(moe_parallel_config: Any) -> bool:
+    """Whether experts have to fetch their tokens themselves, which ours do not.
+
+    These kinds of all-to-all are moonep, since 0.31, and passthrough, since 0.32.
+    """
+    kinds = ("use_moonep_kernels", "use_passthrough_all2all")
+    return any(getattr(moe_parallel_config, kind, False) for kind in kinds)
 
 
 def knows_method(name: str) -> bool:

@@ -78,7 +78,9 @@ class Ue8m0Config(compat.QuantizationConfig):  # type: ignore[misc]
         QuantSpec.from_hf_config(hf_quant_cfg)  # raises with the reason, before anything is loaded
         return NAME
 
-    def maybe_update_config(self, model_name: str, **kwargs: Any) -> None:
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None, **kwargs: Any
+    ) -> None:
         """Check a local checkpoint's headers before any weight is read."""
         check_local_checkpoint(model_name)
 

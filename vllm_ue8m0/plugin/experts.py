@@ -58,11 +58,7 @@ class Ue8m0Experts(compat.FusedMoEExpertsModular):  # type: ignore[misc]
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
-        # These two, of vLLM 0.33, dispatch inside the experts.
-        return not any(
-            getattr(moe_parallel_config, f"use_{kind}", False)
-            for kind in ("passthrough_all2all", "moonep_kernels")
-        )
+        return not compat.dispatches_inside_experts(moe_parallel_config)
 
     @staticmethod
     def _supports_batch_invariance() -> bool:
