@@ -1,5 +1,7 @@
 """Comparisons and operands shared by the tests."""
 
+import inspect
+
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -94,3 +96,8 @@ class NoSynchronization(TorchDispatchMode):
         index = args[1] if name.startswith("index") and len(args) > 1 else []
         assert not any(getattr(i, "dtype", None) == torch.bool for i in index or [])
         return func(*args, **(kwargs or {}))
+
+
+def parameters(signature: inspect.Signature) -> list[tuple[object, ...]]:
+    """Names, kinds and which have a default: what a caller needs to know."""
+    return [(p.name, p.kind, p.default is not p.empty) for p in signature.parameters.values()]
