@@ -84,4 +84,7 @@ if __name__ == "__main__":
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    # Processes of the engine's own would import vLLM twice more, 20 of 35 seconds; the server's
+    # and the examples' tests have them.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     main(*sys.argv[1:4], json.loads(sys.argv[4]) if len(sys.argv) > 4 else {})
