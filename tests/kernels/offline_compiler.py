@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 _INSTRUCTIONS = r"""
@@ -13,6 +14,7 @@ _INSTRUCTIONS = r"""
 """
 
 
+@cache
 def report(script, *arguments):
     """What a script's lines "name: text" say, run without triton's interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -1,7 +1,5 @@
 """The sm_90 experts' kernels compile as they are launched; see test_compile_hopper.py."""
 
-from functools import cache
-
 from offline_compiler import Launches, empty, number, report
 
 SHARED_BYTES = 227 * 1024
@@ -22,13 +20,8 @@ LAYERS = (
 H, TOPK, SMS = 7168, 8, 132
 
 
-@cache
-def compiled():
-    return report(__file__)
-
-
 def test_experts_compile():
-    lines = compiled()
+    lines = report(__file__)
     assert len(lines) == 2 * len(LAYERS)
     for name, line in lines.items():
         assert number(line, "bytes spilled") == 0, f"{name}: {line}"
@@ -42,7 +35,7 @@ def test_experts_compile():
 
 
 def test_estimates_of_shared_memory_hold():
-    for name, line in compiled().items():
+    for name, line in report(__file__).items():
         least, estimate = number(line, "shared"), int(name.rpartition(" ")[2])
         assert least <= estimate <= least + 16 * 1024, f"{name}: {line}"
 

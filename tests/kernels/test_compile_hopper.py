@@ -5,7 +5,6 @@ What is compiled is what `launch` passes for tensors without memory.
 
 import sys
 from bisect import bisect_left
-from functools import cache
 
 import pytest
 from offline_compiler import Launches, empty, number, report
@@ -71,14 +70,9 @@ def configurations():
                     yield M, N, K, linear, config
 
 
-@cache
-def compiled(kernel):
-    return report(__file__, kernel)
-
-
 @pytest.mark.parametrize("kernel", ["decode", "prefill"])
 def test_sm90_products_compile(kernel):
-    lines = compiled(kernel)
+    lines = report(__file__, kernel)
     assert len(lines) == (len(DECODE) + FULLEST if kernel == "decode" else len(PREFILL))
     for name, line in lines.items():
         assert number(line, "bytes spilled") == 0, f"{name}: {line}"
@@ -94,14 +88,15 @@ def test_sm90_products_compile(kernel):
 
 def test_activations_are_loaded_16_bytes_at_a_time():
     """As they are where their row stride is known to be a multiple of 16."""
-    lines = {name: line for name, line in compiled("decode").items() if " activations " in name}
-    assert lines and all("ld.global.v4.b32" in line for line in lines.values())
+    lines = report(__file__, "decode").items()
+    quantizing = [line for name, line in lines if " activations " in name]
+    assert quantizing and all("ld.global.v4.b32" in line for line in quantizing)
 
 
 @pytest.mark.parametrize("kernel", ["decode", "prefill"])
 def test_estimates_of_shared_memory_hold(kernel):
     """So that every configuration whose estimate fits does fit."""
-    for name, line in compiled(kernel).items():
+    for name, line in report(__file__, kernel).items():
         least, estimate = number(line, "shared"), int(name.rpartition(" ")[2])
         assert least <= estimate <= least + 20 * 1024, f"{name}: {line}"
 
