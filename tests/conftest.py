@@ -1,9 +1,17 @@
-"""Without a GPU, Triton kernels run in its interpreter; every test has its own fixed seed."""
+"""Without a GPU, Triton kernels run in its interpreter; every test has its own fixed seed.
+
+In parallel (pytest-xdist, as `make test` calls it) a file belongs to one worker: its tests share
+what was served or compiled. Every worker, and what it starts, has one thread.
+"""
 
 import os
 import zlib
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
 import torch
 
 # Read when triton is imported, which the tests do later.
@@ -19,6 +27,15 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: 0, which is serial, on a GPU, most of whose memory each vLLM takes.
+
+    On a CPU each of them may take 5 GB for a while.
+    """
+    return 0 if torch.cuda.is_available() else min(os.cpu_count() or 1, 4)
 
 
 def _poisoned(tensor: torch.Tensor) -> torch.Tensor:
