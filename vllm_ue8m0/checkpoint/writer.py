@@ -200,12 +200,13 @@ class Progress:
         if not finished and now - self.shown < (0.1 if terminal else 10.0):
             return
         self.shown = now
-        rate = (done - resumed) / max(now - start, 1e-6)
-        left = (total - done) / max(rate, 1.0)
         share = done / max(total, 1)
         bar = "#" * int(share * 30)
         text = f"[{bar:30}] {share:4.0%}  {done / 1e9:.2f}/{total / 1e9:.2f} GB"
-        text += f"  {rate / 1e6:.0f} MB/s  {int(left) // 60}:{int(left) % 60:02d} left"
+        if done > resumed:
+            rate = (done - resumed) / max(now - start, 1e-6)
+            left = int((total - done) / rate)
+            text += f"  {rate / 1e6:.0f} MB/s  {left // 60}:{left % 60:02d} left"
         self.stream.write(f"\r{text}" if terminal else f"{text}\n")
         if finished and terminal:
             self.stream.write("\n")
