@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 
 _INSTRUCTIONS = r"""
-    wgmma\.mma_async\S+ | mma\.sync\S+ | cvt\.rn\.satfinite\.e4m3x2\.f32 | cp\.async\.bulk\.tensor
+    wgmma\.mma_async\S+ | mma\.sync\S+ | tcgen05\.mma\S+
+  | cvt\.rn\.satfinite\.e4m3x2\.f32 | cp\.async\.bulk\.tensor
   | griddepcontrol\.\w+ | (?:ld|st)\.global(?:\.\w+)*\.v4\.b32
 """
 
@@ -42,7 +43,7 @@ def target(capability):
 
 
 def compile_and_print(name, source, gpu, options):
-    """Prints "name: BYTES bytes spilled, ..., instructions of interest"."""
+    """Prints "name: kernel, BYTES bytes spilled, ..., instructions of interest"."""
     import triton
 
     compiled = triton.compile(source, target=gpu, options=options)
@@ -57,7 +58,8 @@ def compile_and_print(name, source, gpu, options):
     spilled = re.search(r"STACK:(\d+)", usage).group(1)
     registers = re.search(r"REG:(\d+)", usage).group(1)
     text = f"{spilled} bytes spilled, {registers} registers, {compiled.metadata.shared} shared"
-    print(f"{name}: {text}, {' '.join(sorted(used))}", flush=True)
+    text = f"{name}: {source.fn.__name__}, {text}, {' '.join(sorted(used))}"
+    print(text.rstrip(", "), flush=True)
 
 
 class Launches:

@@ -3,26 +3,66 @@
 A process of its own, because triton's interpreter replaces the language when it is imported.
 """
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from offline_compiler import compile_and_print, number, report, target
+from recorded_compilation import CAPABILITIES, check, recorded
 
+KERNELS = Path(__file__).parents[2] / "vllm_ue8m0/kernels"
 BYTES, CODES, F32, BF16, I32, I64 = "*u8", "*fp8e4nv", "*fp32", "*bf16", "*i32", "*i64"
 # Every value of these is a multiple of 16 where it matters: 16-byte accesses.
 ALIGNED = ("N", "K", "stride_am", "stride_wn", "stride_we", "stride_xm", "stride_m", "stride_rm")
 ALIGNED += ("stride_xe", "stride_e", "stride_ae")
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_as_recorded(capability):
+    check(__file__, capability)
+
+
+TABLES = sorted(path.stem for path in (Path(__file__).parent / "compiled").glob("*.txt"))
+
+
+@pytest.mark.parametrize("release", TABLES)
+def test_every_kernel_is_recorded(release):
+    """The portable ones for each GPU, those of Hopper for it."""
+    kernels = {
+        name
+        for path in KERNELS.glob("*.py")
+        for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    }
+    found = {
+        section: {line.split(",")[0] for line in lines.values()}
+        for section, lines in recorded(release).items()
+    }
+    assert set.union(*found.values()) == kernels
+    hopper = {
+        name for section in found if "test_compile.py" not in section for name in found[section]
+    }
+    hopper |= {"_count_kernel", "_place_kernel", "_route_quant_kernel"}
+    for capability in CAPABILITIES:
+        assert found[f"test_compile.py {capability}"] >= kernels - hopper
+
+
+# What a program may have; of sm_86, whose kernels are those of sm_80, 99 KiB too.
+SHARED_KIB = {80: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_shared_memory_suffices(capability):
+    for name, line in report(__file__, capability).items():
+        assert number(line, "shared") <= SHARED_KIB[capability] * 1024, f"{name}: {line}"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_quantization_compiles(capability):
     lines = report(__file__, capability)
     kernels = {name: line for name, line in lines.items() if "quant" in name or "silu" in name}
     assert len(kernels) == 11
     for name, line in kernels.items():
-        # By Triton 3.6; the first with 4 warps, and faster all the same.
-        few = {"weight_quant fp32": 256, "rms_norm_quant fp32": 8}.get(name, 0)
-        assert number(line, "bytes spilled") <= few, f"{name}: {line}"
         if name in ("act_quant ue8m0", "silu_mul_quant", "rms_norm_quant"):
             assert "ld.global.v4.b32" in line and "st.global.v4.b32" in line  # 16 bytes each
         if "_quant" in name and capability >= 89:
@@ -31,25 +71,30 @@ def test_quantization_compiles(capability):
         assert ("griddepcontrol.wait" in line) == pdl, f"{name}: {line}"
 
 
-# Bytes before sm_89, there with fp16 operands; on sm_90 too if the rows are too few for wgmma.
+# Bytes before sm_89, there with fp16 operands; on sm_90 and sm_100 too if the rows are too few for
+# the instructions of four warps.
 FP16_DOT = "m16n8k16.row.col.f32.f16"
-DOTS = {80: FP16_DOT, 89: "m16n8k32.row.col.f32.e4m3", 90: "m64n128k32.f32.e4m3"}
+DOTS = {
+    80: FP16_DOT,
+    89: "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3",
+    90: "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3",
+    100: "tcgen05.mma.cta_group::1.kind::f8f6f4",
+    120: "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3",
+}
+OF_FOUR_WARPS = {90: "wgmma", 100: "tcgen05.mma"}
 
 
-@pytest.mark.parametrize("capability", DOTS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_products_compile(capability):
     lines = report(__file__, capability)
     for rows in (16, 1024):
-        instruction = FP16_DOT if (capability, rows) == (90, 16) else DOTS[capability]
-        assert instruction in lines[f"gemm {rows}"]
-        assert number(lines[f"gemm {rows}"], "bytes spilled") == 0
+        few = capability in OF_FOUR_WARPS and rows == 16
+        assert (FP16_DOT if few else DOTS[capability]) in lines[f"gemm {rows}"]
     assert "gemm bf16" in lines
-    for rows in (16, 64):
-        assert number(lines[f"batched_gemm {rows}"], "bytes spilled") == 0
     # Batch-invariant runs choose among these, by the rows: one kind of instruction.
     for name in ("batched_gemm 64", "grouped_gemm 64", "grouped_gemm 300", "grouped_gemm 1000"):
-        kinds = [kind for kind in ("wgmma", "mma.sync") if kind in lines[name]]
-        assert kinds == ["wgmma" if capability == 90 else "mma.sync"]
+        kinds = [kind for kind in ("wgmma", "tcgen05.mma", "mma.sync") if kind in lines[name]]
+        assert kinds == [OF_FOUR_WARPS.get(capability, "mma.sync")]
 
 
 class Compiler:
@@ -170,8 +215,42 @@ def compile_products(build, capability: int) -> None:
     build("combine", grouped_gemm._combine_kernel, pointers, constants)
 
 
+def compile_routing(build) -> None:
+    """What sorts slots for the kernels of sm_90."""
+    from vllm_ue8m0.kernels import route, route_quant
+
+    rows, experts, topk = 64, 256, 8
+    tensors = ("expert_map", "counts", "done", "starts", "destinations", "order", "scale_rows")
+    pointers = dict.fromkeys((*tensors, "tiles", "num_tiles"), I32) | {"topk_ids": I64}
+    tile = {"ROWS": rows, "PITCH": route.scale_pitch(rows), "PDL": True}
+    sizes = {**tile, "SLOTS": route.SLOTS}
+    for one in (True, False):
+        constants = {**sizes, "EXPERTS": experts, "ONE": one}
+        name = "route count and place" if one else "route count"
+        build(name, route._count_kernel, pointers, constants, num_warps=8)
+    build("route place", route._place_kernel, pointers, sizes, num_warps=8)
+    pointers |= {"x": BF16, "q": BYTES, "s": BYTES}
+    groups = {"GROUP": route_quant.GROUP, "GROUPS": route_quant.GROUPS, "FLOOR": 105}
+    slots = {"COPIES": topk, "TOPK": topk, "SLOTS": route_quant.MOST_SLOTS}
+    constants = {**tile, **groups, **slots}
+    kernel, warps = route_quant._route_quant_kernel, route_quant.WARPS
+    build("route few slots", kernel, pointers, constants, num_warps=warps)
+
+
+def compile_yardsticks(build) -> None:
+    """What benchmarks compare with."""
+    from vllm_ue8m0.kernels import copy
+
+    block, warps = copy.CONFIGS[0]
+    pointers = {"src": I32, "dst": I32}
+    build("copy", copy._copy_kernel, pointers, {"BLOCK": block}, num_warps=warps)
+    build("empty", copy._empty_kernel, {"unused": I32}, {}, num_warps=1)
+
+
 if __name__ == "__main__":
     compiler = Compiler(int(sys.argv[1]))
     compile_quantization(compiler.build, compiler.capability)
-    if compiler.capability in DOTS:
-        compile_products(compiler.build, compiler.capability)
+    compile_products(compiler.build, compiler.capability)
+    compile_yardsticks(compiler.build)
+    if compiler.capability == 90:
+        compile_routing(compiler.build)

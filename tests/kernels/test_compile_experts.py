@@ -1,6 +1,7 @@
 """The sm_90 experts' kernels compile as they are launched; see test_compile_hopper.py."""
 
 from offline_compiler import Launches, empty, number, report
+from recorded_compilation import check
 
 SHARED_BYTES = 227 * 1024
 # Tokens, experts held and in all, intermediate size; scales, factors, whether K is one part.
@@ -18,6 +19,10 @@ LAYERS = (
     (2048, 256, 256, 256, "f32", True, False),
 )
 H, TOPK, SMS = 7168, 8, 132
+
+
+def test_as_recorded():
+    check(__file__)
 
 
 def test_experts_compile():

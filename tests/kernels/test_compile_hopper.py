@@ -8,6 +8,7 @@ from bisect import bisect_left
 
 import pytest
 from offline_compiler import Launches, empty, number, report
+from recorded_compilation import check
 
 SHARED_BYTES = 227 * 1024
 # Block of rows of a, of w, stages, parts of K; N, K, scales (of a and w, or both), results, c and
@@ -68,6 +69,11 @@ def configurations():
                     fused = linear and rules.worth_fusing(M, K, splits)
                     config = rules.default_decode(M, N, K, splits, fused, 132)
                     yield M, N, K, linear, config
+
+
+@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+def test_as_recorded(kernel):
+    check(__file__, kernel)
 
 
 @pytest.mark.parametrize("kernel", ["decode", "prefill"])
