@@ -1,5 +1,9 @@
-"""Every command line in README.md and docs/ is one: parsed by the program that it is for."""
+"""Every command line in README.md and docs/ is one: parsed by the program that it is for.
 
+And what README says of messages and environment variables is what the source has.
+"""
+
+import ast
 import dataclasses
 import re
 import shlex
@@ -77,3 +81,43 @@ def test_lm_eval(page, words):
 def test_a_wrong_line_would_be_seen():
     with pytest.raises(SystemExit):
         parse(["convert", "SRC", "--to", "fp8"])
+
+
+# What vLLM, torch and Python say.
+THEIRS = (
+    "Quantization method specified",
+    "operator torchvision",
+    "PackageNotFoundError",
+    "torch.float16 is",
+)
+
+
+def strings():
+    """Every literal of the package, and of f-strings what stands between the values."""
+    for path in (ROOT / "vllm_ue8m0").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def table(header):
+    """First cells of README's table with this header."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = text.split(f"| {header} |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    return [re.match(r"\| `(.*?)` \|", row)[1] for row in rows]
+
+
+def test_messages_are_ours():
+    everything = "\0".join(strings())
+    messages = [m for m in table("message") if not m.startswith(THEIRS)]
+    assert len(messages) > 3
+    for message in messages:
+        for part in filter(None, message.split("…")):
+            assert part.strip() in everything, message
+
+
+def test_environment_variables_are_all_there():
+    """Those of UE8M0_ and those of others that change what is computed, wherever they are read."""
+    read = {text for text in strings() if re.fullmatch(r"(UE8M0|VLLM|TRITON)_[A-Z_]+[A-Z]", text)}
+    elsewhere = {"TRITON_CACHE_DIR", "TRITON_HOME"}  # where `doctor` looks, as Triton does
+    assert set(table("environment variable")) == read - elsewhere
