@@ -7,7 +7,7 @@ blocks of K. Of TOPK > 0 slots of one token every slot is a tile and nothing is 
 GATED    the token x is quantized by every program, in its part of K
 else     combined [N] is the sum of the products, in order, by the last program of a column tile
 
-SPLITS divide K of gated products; each part's sum is added in order by the last program to end.
+SPLITS divide K of one token's gated products; the last program to end adds the parts in order.
 """
 
 import torch
@@ -269,8 +269,8 @@ def launch(
     """Gated if out_s is given. Either routing to tiles of `rows` rows; or one token's ids [TOPK],
     with the token as a (gated), or with combined.
 
-    counters: as decode_gemm's, one for each tile and column tile if K is divided; one for each
-    column tile if there is combined.
+    counters int32 zeros, of one token: one for each slot and column tile of a gated product that is
+    divided, one for each column tile if there is combined.
     """
     E, N, K = w.shape
     NK, gated = ceil_div(K, 128), out_s is not None
@@ -283,8 +283,8 @@ def launch(
         order = None if gated else routing.order
     topk = 0 if ids is None else ids.numel()
     if splits > 1:
-        most = topk if tiles is None else tiles.shape[0]
-        size = most * ceil_div(N, 2 * block_n) * splits * 2 * block_n * rows
+        assert topk, f"{splits=} of sorted rows"
+        size = topk * ceil_div(N, 2 * block_n) * splits * 2 * block_n * rows
         partial = torch.empty(size, dtype=torch.float32, device=w.device)
     _expert_decode_kernel[(config.programs,)](
         code_tiles(w.view(E * N, K), block_n), None if fused else code_tiles(a, rows),

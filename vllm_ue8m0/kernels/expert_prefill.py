@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..layouts import ceil_div
+from .expert_config import PREFILL_ROWS
 from .expert_load import ordered_unit
 from .expert_store import store_tile
 from .hopper import (
@@ -52,7 +53,7 @@ from .hopper import (
 from .prefill_gemm import COPY_REGISTERS, MATH_REGISTERS, REGISTERS
 from .route import Routing
 
-BLOCK_M, STAGES = 128, 4
+STAGES = 4
 
 
 @gluon.jit
@@ -277,10 +278,11 @@ def launch(
     slot_weights: torch.Tensor | None, counter: torch.Tensor, ue8m0: bool, floor: int,
     dtype: torch.dtype, programs: int,
 ) -> None:  # fmt: skip
-    """Gated if out_s is given. routing: to tiles of BLOCK_M rows. counter [1] int32: zero."""
+    """Gated if out_s is given. routing: to tiles of PREFILL_ROWS rows. counter [1] int32: zero."""
     (E, N, K), gated = w.shape, out_s is not None
     _expert_prefill_kernel[(programs,)](
-        code_tiles(a, BLOCK_M), scale_columns(a_s, BLOCK_M), code_tiles(w.view(E * N, K), 128),
+        code_tiles(a, PREFILL_ROWS), scale_columns(a_s, PREFILL_ROWS),
+        code_tiles(w.view(E * N, K), 128),
         sf, c, out.view(torch.uint8) if gated else out, out_s, None if gated else routing.order,
         slot_weights, routing.tiles, routing.num_tiles, counter, N, ceil_div(K, 128),
         sf.stride(0), sf.stride(1), 0 if out_s is None else out_s.stride(1),

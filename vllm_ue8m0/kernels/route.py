@@ -110,11 +110,11 @@ def _place_kernel(
 
 @dataclass(frozen=True)
 class Routing:
-    """As above. order None: rows stay where they are; scale_rows None: scales are where they go."""
+    """As above. scale_rows None: scales are there already."""
 
     tiles: torch.Tensor
     num_tiles: torch.Tensor
-    order: torch.Tensor | None
+    order: torch.Tensor
     destinations: torch.Tensor
     scale_rows: torch.Tensor | None = None
 

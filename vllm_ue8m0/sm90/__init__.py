@@ -1,7 +1,7 @@
 """The sm_90 backend (H100, H200): Gluon kernels for products, dense and of experts.
 
 The operators it has take what `reference` and `portable` take; what its kernels do not cover
-(`products.refusal`) goes to `portable`.
+(`products.refusal`, `experts.refusal`) goes to `portable`.
 """
 
 from .experts import experts
