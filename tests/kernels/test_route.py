@@ -8,22 +8,35 @@ pytest.importorskip("triton")
 
 
 def check(topk_ids, num_experts, rows, expert_map=None):
-    from vllm_ue8m0.kernels import route, route_quant
+    from vllm_ue8m0.kernels import act_quant, route, route_quant
+    from vllm_ue8m0.kernels.config import act_quant_config
 
     counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_ids.device)
     routing = route.launch(topk_ids, expert_map, num_experts, rows, counts)
     assert not counts.any()
     slot, scale_rows = check_routing(routing, topk_ids, num_experts, rows, expert_map)
     assert torch.equal(routing.scale_rows.reshape(-1).cpu()[slot].long(), scale_rows)
-    slots = topk_ids.numel()
-    if slots <= route_quant.MOST_SLOTS:
-        check_quantized(topk_ids, num_experts, rows, expert_map)
+
+    def quantize(x, q, s):
+        places = {"destinations": routing.destinations, "scale_rows": routing.scale_rows}
+        config = act_quant_config(len(x), 6, True)
+        act_quant.launch(x[None], q, s[None], 128, 105, True, config, **places)
+        return routing
+
+    def route_and_quantize(x, q, s):
+        routing = route_quant.launch(x, q, s, topk_ids, expert_map, num_experts, rows, 105)
+        assert routing.scale_rows is None
+        return routing
+
+    if topk_ids.numel() <= route_quant.MOST_SLOTS:
+        for both in (quantize, route_and_quantize):
+            check_quantized(both, topk_ids, num_experts, rows, expert_map)
 
 
-def check_quantized(topk_ids, num_experts, rows, expert_map):
-    """The same with quantization: codes and scales are act_quant's, at the slots' rows."""
+def check_quantized(quantize, topk_ids, num_experts, rows, expert_map):
+    """quantize(x, q, s) gives a routing; codes and scales are act_quant's, at the slots' rows."""
     from vllm_ue8m0 import portable
-    from vllm_ue8m0.kernels import route, route_quant
+    from vllm_ue8m0.kernels import route
     from vllm_ue8m0.layouts import empty_scale
 
     M, slots, K, device = len(topk_ids), topk_ids.numel(), 656, topk_ids.device
@@ -32,9 +45,8 @@ def check_quantized(topk_ids, num_experts, rows, expert_map):
         places = route.most_tiles(slots, num_experts, rows) * route.scale_pitch(rows)
         q = torch.empty(slots, K, dtype=torch.float8_e4m3fn, device=device)
         s = empty_scale((), places, 6, ue8m0, "mn_major", device)
-        routing = route_quant.launch(x, q, s, topk_ids, expert_map, num_experts, rows, 105)
+        routing = quantize(x, q, s)
         slot, places = check_routing(routing, topk_ids, num_experts, rows, expert_map)
-        assert routing.scale_rows is None
         codes, scales = portable.act_quant(x, 128, ue8m0, 105)
         token = (slot // topk_ids.shape[1]).to(device)
         assert same_bits(q[: len(slot)], codes[token])
