@@ -1,7 +1,7 @@
 VENV ?= .venv
 export VENV PYTHON TORCH_INDEX
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test coverage lint
 
 setup:
 	@bash tools/setup.sh
@@ -11,8 +11,13 @@ demo: setup  ## fetch and convert a small real model, serve it, ask it a questio
 
 # In the order of the files, of which the longest are the first: sorted by their numbers of tests
 # they would be the last.
+PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
 test: setup lint  ## everything that needs no GPU
-	@$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	@$(PYTEST)
+
+coverage: setup  ## the same tests, and the lines that none of them runs
+	@$(PYTEST) --cov --cov-report=term-missing:skip-covered
 
 lint: setup
 	@$(VENV)/bin/ruff check .

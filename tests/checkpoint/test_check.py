@@ -128,6 +128,7 @@ def test_index_without_any_shard_is_not_silent(tmp_path: Path) -> None:
         check_local_checkpoint(tmp_path)
 
 
+@pytest.mark.no_cover
 def test_ninety_thousand_tensors_take_less_than_two_seconds(tmp_path: Path) -> None:
     weight_map = {}
     for shard in range(160):

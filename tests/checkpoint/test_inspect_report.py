@@ -155,6 +155,7 @@ def measure(directory: Path) -> dict[str, float]:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.no_cover
 def test_the_whole_of_v31(tmp_path: Path) -> None:
     assert synthetic_v31.write(tmp_path) == 91_991
     found = measure(tmp_path)

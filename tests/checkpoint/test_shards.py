@@ -215,6 +215,7 @@ def test_messages_quote_a_line_of_the_header_at_most(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 1000
 
 
+@pytest.mark.no_cover
 def test_a_late_repetition_in_a_large_header_is_found_at_once(tmp_path: Path) -> None:
     names = [f"layer.{i}" for i in range(200_000)]
     text = ",".join(f'"{name}":0' for name in [*names, names[-1]])
