@@ -37,7 +37,7 @@ def test_hopper_takes_its_own_products_and_portable_for_the_rest(monkeypatch):
         dispatch.choose.cache_clear()
         chosen = {op: dispatch.choose(op, "cuda").name for op in dispatch.OPERATORS}
         its_own = {op for op, name in chosen.items() if name == "sm90"}
-        assert its_own == {"gemm", "linear", "experts"}
+        assert its_own == {"gemm", "linear", "experts", "batched_experts"}
         assert set(chosen.values()) == {"sm90", "portable"}
     gpu(monkeypatch, (8, 9))
     dispatch.choose.cache_clear()

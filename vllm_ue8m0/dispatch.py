@@ -27,7 +27,7 @@ QUANT_OPERATORS = (
 )
 PRODUCT_OPERATORS = ("gemm", "linear", "experts", "batched_experts")
 OPERATORS = QUANT_OPERATORS + PRODUCT_OPERATORS
-SM90_OPERATORS = ("gemm", "linear", "experts")
+SM90_OPERATORS = PRODUCT_OPERATORS
 MIN_CAPABILITY = (8, 0)  # Triton's, and bf16's
 
 

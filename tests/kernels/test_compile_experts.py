@@ -18,6 +18,8 @@ LAYERS = (
     (2048, 256, 256, 2048, "u8", False, False),
     (2048, 256, 256, 256, "f32", True, False),
 )
+# Rows that each expert has room for, and as above.
+BATCHED = ((16, 32, 32, 2048, "u8", False, None), (1024, 32, 32, 2048, "f32", True, None))
 H, TOPK, SMS = 7168, 8, 132
 
 
@@ -27,7 +29,7 @@ def test_as_recorded():
 
 def test_experts_compile():
     lines = report(__file__)
-    assert len(lines) == 2 * len(LAYERS)
+    assert len(lines) == 2 * (len(LAYERS) + len(BATCHED))
     for name, line in lines.items():
         assert number(line, "bytes spilled") == 0, f"{name}: {line}"
         assert number(line, "shared") <= SHARED_BYTES, f"{name}: {line}"
@@ -67,20 +69,23 @@ def compile_layers() -> None:
 
     from vllm_ue8m0.kernels import expert_config as rules
     from vllm_ue8m0.kernels import expert_decode, expert_prefill
-    from vllm_ue8m0.kernels.route import Routing
+    from vllm_ue8m0.kernels.route import Tiles
 
     decode = expert_decode._expert_decode_kernel = Launches(expert_decode._expert_decode_kernel)
     prefill = expert_prefill._expert_prefill_kernel = Launches(
         expert_prefill._expert_prefill_kernel
     )
-    for M, E, num_global, inner, scale, factors, invariant in LAYERS:
-        slots, scale_bytes = M * TOPK, 1 if scale == "u8" else 4
+    for M, E, num_global, inner, scale, factors, invariant in (*LAYERS, *BATCHED):
+        slots, scale_bytes, batched = M * TOPK, 1 if scale == "u8" else 4, invariant is None
         config = rules.experts_config(M, TOPK, E, num_global, H, inner, scale_bytes, invariant, SMS)
+        if batched:
+            config = rules.batched_config(M, H, inner, scale_bytes, SMS)
         one = M == 1
-        routing = Routing(
-            empty(slots, 5, dtype="i32"), empty(1, dtype="i32"), empty(slots, dtype="i32"),
-            empty(slots, dtype="i32"), empty(slots, dtype="i32"),
-        )  # fmt: skip
+        routing = Tiles(
+            tiles=empty(slots, 5, dtype="i32"),
+            num_tiles=empty(1, dtype="i32"),
+            order=None if batched else empty(slots, dtype="i32"),
+        )
         ids, count = empty(TOPK, dtype="i32"), empty(1 << 16, dtype="i32")
         expert_map = empty(num_global, dtype="i32") if num_global > E else None
         for gated, N, K in ((True, 2 * inner, H), (False, H, inner)):
@@ -95,7 +100,7 @@ def compile_layers() -> None:
                 "c": empty(E, N // 128) if factors else None,
                 "out": out,
                 "out_s": scales(slots, N // 2, scale) if gated else None,
-                "slot_weights": None if gated else empty(slots),
+                "slot_weights": None if gated or batched else empty(slots),
                 "ue8m0": scale == "u8",
                 "floor": 105,
                 "dtype": torch.bfloat16,
@@ -108,7 +113,9 @@ def compile_layers() -> None:
                 expert_prefill.launch(**operands, routing=routing, counter=count[:1], programs=SMS)
                 continue
             estimate = rules.shared_bytes(product, config.rows, K // 128, gated, one, scale_bytes)
-            decode.name = f"decode {config.rows} {kind} {M} {E} {inner} {scale} {estimate}"
+            decode.name = (
+                f"decode {config.rows} {kind} {M} {E} {inner} {scale} {factors} {estimate}"
+            )
             expert_decode.launch(
                 **operands, routing=None if one else routing, ids=ids if one else None,
                 expert_map=expert_map if one else None,

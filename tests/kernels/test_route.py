@@ -107,3 +107,38 @@ def test_experts_of_other_ranks_are_skipped(device, M):
     expert_map[[3, 9, 10]] = torch.tensor([2, 0, 1], dtype=torch.int32, device=device)
     ids = torch.randint(-1, 17, (M, 4), device=device)
     check(ids, 3, 8, expert_map)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("T", "rows"), [(1, 16), (9, 16), (40, 32), (700, 64)])
+def test_rows_that_lie_with_their_experts(device, T, rows, dtype):
+    """Tiles and rows of scales from counts, also of more rows than there is room for; act_quant."""
+    from vllm_ue8m0 import portable
+    from vllm_ue8m0.kernels import act_quant, route
+    from vllm_ue8m0.kernels.config import MASKED_TILE
+    from vllm_ue8m0.layouts import empty_scale
+
+    counts = torch.randint(0, T + 2, (5,), dtype=dtype, device=device)
+    counts[2] = 0
+    tiles, scale_rows = route.batched_tiles(counts, T, rows)
+    wanted, places = [], []
+    used = [min(count, T) for count in counts.tolist()]
+    for expert, count in enumerate(used):
+        first, number = len(wanted), -(-count // rows)
+        for i in range(number):
+            start, end = expert * T + i * rows, expert * T + min((i + 1) * rows, count)
+            places += range(len(wanted) * rows, len(wanted) * rows + end - start)
+            wanted.append([expert, start, end, first, number])
+    assert tiles.tiles[: int(tiles.num_tiles)].tolist() == wanted
+    mask = torch.arange(T)[None] < torch.tensor(used)[:, None]
+    assert scale_rows.cpu()[mask].tolist() == places
+
+    x = torch.randn(5, T, 400, dtype=torch.bfloat16, device=device)
+    q = torch.empty(5, T, 400, dtype=torch.float8_e4m3fn, device=device)
+    s = empty_scale((), len(tiles.tiles) * rows, 4, True, "mn_major", device)
+    act_quant.launch(
+        x, q, s[None], 128, 105, True, MASKED_TILE, counts.contiguous(), scale_rows=scale_rows
+    )
+    codes, scales = portable.act_quant(x, 128, True, 105)
+    assert same_bits(q.cpu()[mask], codes.cpu()[mask])
+    assert same_bits(s.cpu()[torch.tensor(places, dtype=torch.int64)], scales.cpu()[mask])

@@ -159,3 +159,30 @@ def test_graphs_replay(sm90, M):
         out.fill_(torch.nan)
         graph.replay()
         assert same_bits(out, expected)
+
+
+# Rows that an expert has room for, and uses.
+@pytest.mark.parametrize(("T", "counts"), [
+    (1, (1, 0, 1)), (9, (9, 3, 0, 1)), (30, (0, 0, 30)), (70, (66, 0, 70, 3)), (300, (300, 7, 129)),
+    (4, (0, 0)),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["ue8m0", "fp32"])
+@pytest.mark.parametrize(("H", "I"), [(1024, 256), (400, 128)])
+def test_batched_rows_are_those_of_step_by_step(sm90, monkeypatch, T, counts, kind, H, I):  # noqa: E741
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    E = len(counts)
+    w = weights(E, H, I, F32 if kind == "fp32" else U8, with_c=kind == "fp32")
+    x = torch.randn(E, T, H, device="cuda", dtype=BF16)
+    out = torch.full_like(x, torch.nan)
+    for dtype in (torch.int32, torch.int64):
+        used = torch.tensor(counts, dtype=dtype, device="cuda")
+        for e, count in enumerate(counts):
+            x[e, count:] = torch.nan
+        got = sm90.batched_experts(x, *w, used, GRAN, GRAN, kind, out=out)
+        assert got is out
+        for e, count in enumerate(counts):
+            ids = torch.full((count, 1), e, device="cuda", dtype=torch.int32)
+            ones = torch.ones(count, 1, device="cuda")
+            expected = step_by_step(sm90, x[e, :count], w, (ones, ids), kind)
+            assert same_bits(got[e, :count], expected)
+            assert got[e, count:].isnan().all()

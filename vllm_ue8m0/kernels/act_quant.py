@@ -28,8 +28,12 @@ def _tile(
     mask = (row < limit)[:, None] & (k < K)[None, :]
     source = x + expert * stride_xe + row[:, None] * stride_xm + k[None, :]
     values = to_float(tl.load(source, mask=mask, other=0.0))
+    if scale_rows is None:
+        s += scale_offset(expert, M, groups, stride_s, MN_MAJOR, PACKED)
+    else:  # of all experts: they share columns
+        scale_rows += expert * M
     store_tile(
-        values, q + expert * M * K, s + scale_offset(expert, M, groups, stride_s, MN_MAJOR, PACKED),
+        values, q + expert * M * K, s,
         destinations, row, first_group, limit, K, groups, stride_s,
         FLOOR, GROUP, ROWS, GROUPS, MN_MAJOR, PACKED, COPIES, scale_rows,
     )  # fmt: skip

@@ -72,8 +72,20 @@ def experts_config(
     fitting = [tokens for most, tokens in TOKENS if expected <= most]
     if not fitting:
         return ExpertsConfig(PREFILL_ROWS)
-    rows, one_token = fitting[0], M == 1 and topk <= MOST_TOPK
+    one_token = M == 1 and topk <= MOST_TOPK
+    divided = one_token and not invariant
+    splits = gated_splits(topk * E / num_global, H, inner, sms) if divided else 1
+    return _few_rows(fitting[0], H, inner, scale_bytes, splits, one_token, sms)
 
+
+def batched_config(T: int, H: int, inner: int, scale_bytes: int, sms: int) -> ExpertsConfig:
+    """For experts with room for T rows each; how many they use is not known."""
+    return _few_rows(16 if T <= 16 else 32 if T <= 32 else 64, H, inner, scale_bytes, 1, False, sms)
+
+
+def _few_rows(
+    rows: int, H: int, inner: int, scale_bytes: int, splits: int, one_token: bool, sms: int
+) -> ExpertsConfig:
     def deepest(product: Product, budgets: tuple[int, ...], gated: bool) -> Product:
         """Two stages at least, in the first budget that has room for them."""
         NK = ceil_div(H if gated else inner, 128)
@@ -84,8 +96,6 @@ def experts_config(
                     return choice
         raise AssertionError(f"{product} of {rows} rows fits no SM")
 
-    divided = one_token and not invariant
-    splits = gated_splits(topk * E / num_global, H, inner, sms) if divided else 1
     gated = Product(128, 1, splits, sms // splits * splits)
     # The other product's programs start beside this one's, and its weights are on their way.
     gated = deepest(gated, (HALF_SHARED_BYTES, FUSED_BYTES, SHARED_BYTES), True)

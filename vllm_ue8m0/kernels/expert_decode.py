@@ -35,7 +35,7 @@ from .hopper import (
     start_dependents,
     wait_for_inputs,
 )
-from .route import Routing, scale_pitch
+from .route import Tiles, scale_pitch
 
 SCALES = 128  # copied of a block of K: what shared memory of the copy engine is aligned to
 
@@ -261,7 +261,7 @@ def _expert_decode_kernel(
 def launch(
     a: torch.Tensor, a_s: torch.Tensor | None, w: torch.Tensor, sf: torch.Tensor,
     c: torch.Tensor | None, out: torch.Tensor, out_s: torch.Tensor | None, *,
-    routing: Routing | None, ids: torch.Tensor | None, expert_map: torch.Tensor | None,
+    routing: Tiles | None, ids: torch.Tensor | None, expert_map: torch.Tensor | None,
     slot_weights: torch.Tensor | None, combined: torch.Tensor | None,
     counters: torch.Tensor | None, rows: int, config: Product, ue8m0: bool, floor: int,
     dtype: torch.dtype,

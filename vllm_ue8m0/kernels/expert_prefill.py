@@ -51,7 +51,7 @@ from .hopper import (
     wait_for_inputs,
 )
 from .prefill_gemm import COPY_REGISTERS, MATH_REGISTERS, REGISTERS
-from .route import Routing
+from .route import Tiles
 
 STAGES = 4
 
@@ -274,7 +274,7 @@ def _expert_prefill_kernel(
 
 def launch(
     a: torch.Tensor, a_s: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, c: torch.Tensor | None,
-    out: torch.Tensor, out_s: torch.Tensor | None, *, routing: Routing,
+    out: torch.Tensor, out_s: torch.Tensor | None, *, routing: Tiles,
     slot_weights: torch.Tensor | None, counter: torch.Tensor, ue8m0: bool, floor: int,
     dtype: torch.dtype, programs: int,
 ) -> None:  # fmt: skip

@@ -108,13 +108,19 @@ def _place_kernel(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Routing:
-    """As above. scale_rows None: scales are there already."""
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """As above. order None: a row's result goes to that row."""
 
     tiles: torch.Tensor
     num_tiles: torch.Tensor
-    order: torch.Tensor
+    order: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing(Tiles):
+    """As above. scale_rows None: scales are there already."""
+
     destinations: torch.Tensor
     scale_rows: torch.Tensor | None = None
 
@@ -136,7 +142,9 @@ def empty_routing(topk_ids: torch.Tensor, num_experts: int, rows: int) -> Routin
         return torch.empty(*shape, dtype=torch.int32, device=device)
 
     tiles = empty(most_tiles(slots, num_experts, rows), TILE_FIELDS.value)
-    return Routing(tiles, empty(1), empty(slots), empty(*topk_ids.shape))
+    return Routing(
+        tiles=tiles, num_tiles=empty(1), order=empty(slots), destinations=empty(*topk_ids.shape)
+    )
 
 
 def launch(
@@ -166,3 +174,46 @@ def launch(
             slots, num_experts, num_global, **sizes, **dependent,
         )  # fmt: skip
     return replace(routing, scale_rows=scale_rows)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _tiles_kernel(
+    counts, scale_rows, tiles, num_tiles, E, T,
+    ROWS: tl.constexpr, PITCH: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Program e: the tiles of expert e, BLOCK rows and tiles at a time."""
+    wait_for_inputs(PDL)
+    e, expert = tl.arange(0, EXPERTS), tl.program_id(0)
+    count = tl.minimum(tl.load(counts + e, mask=e < E, other=0).to(tl.int32), T)
+    each = tl.cdiv(count, ROWS)
+    first = tl.sum(tl.where(e < expert, each, 0), 0)
+    number = tl.sum(tl.where(e == expert, each, 0), 0)
+    count = tl.sum(tl.where(e == expert, count, 0), 0)
+    if expert == 0:
+        tl.store(num_tiles, tl.sum(each, 0))
+    for start in range(0, count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        place = (first + i // ROWS) * PITCH + i % ROWS
+        tl.store(scale_rows + expert * T + i, place, mask=i < count)
+        entry, row, used = tiles + (first + i) * TILE_FIELDS, expert * T + i * ROWS, i < number
+        tl.store(entry, expert, mask=used)
+        tl.store(entry + 1, row, mask=used)
+        tl.store(entry + 2, tl.minimum(row + ROWS, expert * T + count), mask=used)
+        tl.store(entry + 3, first, mask=used)
+        tl.store(entry + 4, number, mask=used)
+
+
+def batched_tiles(counts: torch.Tensor, T: int, rows: int) -> tuple[Tiles, torch.Tensor]:
+    """Of expert e the rows e * T to e * T + counts[e]: (tiles, scale_rows [E, T])."""
+    E, device = len(counts), counts.device
+    kind = {"dtype": torch.int32, "device": device}
+    scale_rows = torch.empty(E, T, **kind)
+    tiles = torch.empty(E * triton.cdiv(T, rows), TILE_FIELDS.value, **kind)
+    num_tiles = torch.empty(1, **kind)
+    _tiles_kernel[(E,)](
+        counts, scale_rows, tiles, num_tiles, E, T,
+        ROWS=rows, PITCH=scale_pitch(rows), EXPERTS=triton.next_power_of_2(E), BLOCK=256,
+        num_warps=4, **dependent_launch(device),
+    )  # fmt: skip
+    return Tiles(tiles=tiles, num_tiles=num_tiles), scale_rows

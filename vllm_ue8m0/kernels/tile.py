@@ -4,7 +4,8 @@ A tile is ROWS rows times GROUPS groups of GROUP columns of one of E matrices [M
 matrix e uses its first counts[e] rows, the others are not written, and programs share the used
 tiles of all matrices evenly: a fixed grid serves any counts. With COPIES > 0, row m goes to the
 COPIES rows destinations[m, :] of the output instead of row m (-1: to none), which permutes tokens
-to their experts on the way; their scales go to other rows, those of scale_rows, if it is given.
+to their experts on the way. Scales go to other rows than codes if there are scale_rows, laid out as
+destinations are, or [E, M].
 
 Scales are row-major, or column-major with columns stride_s apart; PACKED: column-major int32 words
 of four bytes (layouts.py).
@@ -89,7 +90,7 @@ def store_tile(
         mask = used[:, None] & (k < K)[None, :]
         tl.store(q + target[:, None] * K + k[None, :], codes, mask=mask)
         if scale_rows is not None:
-            place = scale_rows + row * COPIES + copy
+            place = scale_rows + row * (COPIES if COPIES > 0 else 1) + copy
             target = tl.load(place, mask=used, other=0).to(tl.int64)
         if MN_MAJOR:
             scales = s + column.to(tl.int64)[None, :] * stride_s + target[:, None]

@@ -4,6 +4,7 @@ one token    expert_decode twice: every slot is a tile, x is quantized inside, t
 few rows     route and act_quant to sorted rows (few slots: route_quant), expert_decode twice,
              combine
 many rows    the same with expert_prefill
+batched      as few rows, where they are
 otherwise    portable's kernels: see `refusal`
 """
 
@@ -17,8 +18,8 @@ import torch
 from .. import portable
 from ..formats import BLOCK, SF_FLOOR
 from ..kernels import act_quant, expert_decode, expert_prefill, grouped_gemm, route, route_quant
-from ..kernels.config import act_quant_config, batch_invariant
-from ..kernels.expert_config import experts_config
+from ..kernels.config import MASKED_TILE, act_quant_config, batch_invariant
+from ..kernels.expert_config import batched_config, experts_config
 from ..kernels.hopper_config import device_of
 from ..layouts import ceil_div, empty_scale
 from ..portable.quant import kernel_scale, unit_stride
@@ -111,6 +112,58 @@ def experts(
         expert_prefill.launch(a, a_s, *first, slot_weights=None, counter=one, **many)
         expert_prefill.launch(*second, slot_weights=weights, counter=other, **many)
     grouped_gemm.combine(products, routing.destinations, slots, out)
+    return out
+
+
+def batched_experts(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    sf13: torch.Tensor,
+    c13: torch.Tensor | None,
+    w2: torch.Tensor,
+    sf2: torch.Tensor,
+    c2: torch.Tensor | None,
+    counts: torch.Tensor,
+    gran13: Sequence[int],
+    gran2: Sequence[int],
+    activation_scale: str,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Each expert of its own rows; see reference.batched_experts. out is contiguous."""
+    if refusal(w13, sf13, w2, sf2, gran13, gran2, activation_scale) is not None:
+        return portable.batched_experts(
+            x, w13, sf13, c13, w2, sf2, c2, counts, gran13, gran2, activation_scale, out
+        )
+    (E, T, H), N, device = x.shape, w13.shape[1], x.device
+    rows, ue8m0, I = E * T, activation_scale == "ue8m0", N // 2  # noqa: E741
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    assert out.is_contiguous(), f"{out.stride()=}"
+    if out.numel() == 0:
+        return out
+    _, sms = device_of(device.index)
+    config, counts = batched_config(T, H, I, 1 if ue8m0 else 4, sms), counts.contiguous()
+    gated, down = config.gated, config.down
+    assert gated is not None
+    assert down is not None
+    tiles, scale_rows = route.batched_tiles(counts, T, config.rows)
+    places = len(tiles.tiles) * route.scale_pitch(config.rows)
+    a, a_s = _empty_quantized(rows, H, places, ue8m0, device)
+    act_quant.launch(
+        unit_stride(x), a.view(E, T, H), a_s[None], BLOCK, SF_FLOOR, True, MASKED_TILE, counts,
+        scale_rows=scale_rows,
+    )  # fmt: skip
+    hidden, hidden_s = _empty_quantized(rows, I, places, ue8m0, device)
+    few: dict[str, Any] = {
+        "routing": tiles, "ids": None, "expert_map": None, "slot_weights": None, "combined": None,
+        "counters": None, "rows": config.rows, "ue8m0": ue8m0, "floor": SF_FLOOR, "dtype": x.dtype,
+    }  # fmt: skip
+    expert_decode.launch(
+        a, a_s, w13, kernel_scale(sf13), c13, hidden, hidden_s, config=gated, **few
+    )
+    expert_decode.launch(
+        hidden, hidden_s, w2, kernel_scale(sf2), c2, out.view(rows, H), None, config=down, **few
+    )
     return out
 
 
