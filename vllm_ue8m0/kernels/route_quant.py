@@ -14,7 +14,7 @@ from .route import TILE_FIELDS, Routing, empty_routing, scale_pitch, slot_expert
 from .tile import wait_for_inputs
 from .ue8m0 import quantize, to_float
 
-MOST_SLOTS = 128  # 64 comparisons a thread
+MOST_SLOTS, CHUNK = 256, 64  # 64 comparisons a thread at a time
 GROUP, GROUPS, WARPS = 128, 4, 8
 
 
@@ -23,8 +23,8 @@ def _route_quant_kernel(
     x, q, s, topk_ids, expert_map, destinations, order, tiles, num_tiles, K, groups, stride_xm,
     stride_s, slots, num_experts, num_global,
     FLOOR: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, COPIES: tl.constexpr,
-    TOPK: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, PITCH: tl.constexpr,
-    PDL: tl.constexpr,
+    TOPK: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    PITCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """TOPK, SLOTS: powers of two, at least the COPIES of a token and the slots of all."""
     wait_for_inputs(PDL)
@@ -36,8 +36,12 @@ def _route_quant_kernel(
     j = tl.arange(0, SLOTS)
     expert, used = slot_experts(topk_ids, expert_map, j, slots, num_experts, num_global)
     expert = tl.where(used, expert, -1)
-    same = expert[:, None] == expert[None, :]
-    rank = tl.sum((same & (j[:, None] < j[None, :])).to(tl.int32), 0)
+    rank = tl.zeros([SLOTS], tl.int32)
+    for start in tl.static_range(0, SLOTS, CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        other, _ = slot_experts(topk_ids, expert_map, i, slots, num_experts, num_global)
+        earlier = (other[:, None] == expert[None, :]) & (i[:, None] < j[None, :])
+        rank += tl.sum(earlier.to(tl.int32), 0)
     begins = used & (rank % ROWS == 0)  # a tile
 
     copy = tl.arange(0, TOPK)
@@ -85,12 +89,13 @@ def launch(
     """
     (M, K), topk = x.shape, topk_ids.shape[1]
     groups, routing = triton.cdiv(K, GROUP), empty_routing(topk_ids, num_experts, rows)
+    slots = triton.next_power_of_2(M * topk)
     _route_quant_kernel[(M * triton.cdiv(groups, GROUPS),)](
         x, q.view(torch.uint8), s, topk_ids, expert_map, routing.destinations, routing.order,
         routing.tiles, routing.num_tiles, K, groups, x.stride(0) if M > 1 else K, s.stride(1),
         M * topk, num_experts, 0 if expert_map is None else len(expert_map),
         FLOOR=floor, GROUP=GROUP, GROUPS=GROUPS, COPIES=topk, TOPK=triton.next_power_of_2(topk),
-        SLOTS=triton.next_power_of_2(M * topk), ROWS=rows, PITCH=scale_pitch(rows),
+        SLOTS=slots, CHUNK=min(slots, CHUNK), ROWS=rows, PITCH=scale_pitch(rows),
         num_warps=WARPS, **dependent_launch(x.device),
     )  # fmt: skip
     return routing
