@@ -87,8 +87,8 @@ def check_routing(routing, topk_ids, num_experts, rows, expert_map):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("M", "topk", "E", "rows"), [
-    (1, 8, 256, 8), (3, 2, 5, 8), (16, 8, 24, 8), (32, 8, 60, 8), (21, 6, 3, 16), (40, 3, 2, 64), (128, 8, 256, 16),
-    (129, 8, 60, 16), (700, 4, 7, 128),
+    (1, 8, 256, 8), (3, 2, 5, 8), (16, 8, 24, 8), (32, 8, 60, 8), (21, 6, 3, 16), (40, 3, 2, 64),
+    (128, 8, 256, 16), (129, 8, 60, 16), (700, 4, 7, 128),
 ])  # fmt: skip
 def test_slots_are_sorted(device, M, topk, E, rows, dtype):
     ids = torch.randint(-1, E + 1, (M, topk), dtype=dtype, device=device)

@@ -186,3 +186,26 @@ def test_batched_rows_are_those_of_step_by_step(sm90, monkeypatch, T, counts, ki
             expected = step_by_step(sm90, x[e, :count], w, (ones, ids), kind)
             assert same_bits(got[e, :count], expected)
             assert got[e, count:].isnan().all()
+
+
+@pytest.mark.parametrize("inner", [2048, 256])
+@pytest.mark.parametrize("M", [1, 2, 16, 33, 300, 2048])
+def test_memory(sm90, M, inner):
+    """At most what vLLM's Triton experts ask for (TritonExperts.workspace_shapes, 0.26)."""
+    E, H, topk = 16, 7168, 8
+    x, w, route = (
+        torch.randn(M, H, device="cuda", dtype=BF16),
+        weights(E, H, inner),
+        routing(M, topk, E, 0, E),
+    )
+    out = torch.empty_like(x)
+    args = (x, *w, *route, GRAN, GRAN, "ue8m0", False, None, out)
+    sm90.experts(*args)  # counters stay
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    sm90.experts(*args)
+    used = torch.cuda.max_memory_allocated() - before
+    theirs = 2 * M * topk * (max(inner, H) + max(2 * inner, H))
+    parts = 2**18 if M == 1 else 0  # one token's sums by parts of K
+    assert used <= theirs + parts + 2**16  # each of our tensors takes whole blocks of 512 bytes

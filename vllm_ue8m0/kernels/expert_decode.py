@@ -193,7 +193,7 @@ def _multiply(
                 store_gated(
                     acc0, acc1, c, out, out_s, partial, counters, expert, row, end,
                     unit // (tiles_n * SPLITS) * PITCH, n, unit // SPLITS, split, N, stride_os,
-                    BLOCK_N, TOKENS, SPLITS, UE8M0, FLOOR, DTYPE, WARPS,
+                    BLOCK_N, TOKENS, SPLITS, UE8M0, FLOOR, DTYPE, WARPS, mma,
                 )  # fmt: skip
         else:
             if expert >= 0:
@@ -284,7 +284,7 @@ def launch(
     topk = 0 if ids is None else ids.numel()
     if splits > 1:
         assert topk, f"{splits=} of sorted rows"
-        size = topk * ceil_div(N, 2 * block_n) * splits * 2 * block_n * rows
+        size = topk * ceil_div(N, 2 * block_n) * splits * 2 * block_n
         partial = torch.empty(size, dtype=torch.float32, device=w.device)
     _expert_decode_kernel[(config.programs,)](
         code_tiles(w.view(E * N, K), block_n), None if fused else code_tiles(a, rows),

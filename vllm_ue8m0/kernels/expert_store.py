@@ -12,31 +12,28 @@ def store_gated(
     gate, up, c, out, out_s, partial, counters, expert, row, end, scale_row, n, spot,
     split, N, stride_os,
     BLOCK_N: gl.constexpr, TOKENS: gl.constexpr, SPLITS: gl.constexpr, UE8M0: gl.constexpr,
-    FLOOR: gl.constexpr, DTYPE: gl.constexpr, WARPS: gl.constexpr,
+    FLOOR: gl.constexpr, DTYPE: gl.constexpr, WARPS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """gate and up [128, TOKENS] of a part -> codes and scales, by the last part to come here."""
     last = True
-    if SPLITS > 1:
-        wide: gl.constexpr = gl.BlockedLayout(
-            [1, 4], [128 // TOKENS, TOKENS // 4], [WARPS, 1], [1, 0]
-        )
-        SIZE: gl.constexpr = BLOCK_N * TOKENS
-        i = gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(1, wide)), 1)
-        j = gl.expand_dims(gl.arange(0, TOKENS, gl.SliceLayout(0, wide)), 0)
-        parts = partial + spot.to(gl.int64) * (2 * SPLITS * SIZE) + i * TOKENS + j
-        gate = gl.convert_layout(gate, wide)
-        up = gl.convert_layout(up, wide)
-        gl.store(parts + split * (2 * SIZE), gate)
-        gl.store(parts + split * (2 * SIZE) + SIZE, up)
+    if SPLITS > 1:  # of one token, which is the first
+        i = gl.arange(0, BLOCK_N, gl.SliceLayout(1, mma))
+        first = gl.expand_dims(gl.arange(0, TOKENS, gl.SliceLayout(0, mma)), 0) == 0
+        parts = partial + spot.to(gl.int64) * (2 * SPLITS * BLOCK_N) + i
+        part = parts + split * (2 * BLOCK_N)
+        gl.store(part, gl.sum(gl.where(first, gate, 0.0), 1))
+        gl.store(part + BLOCK_N, gl.sum(gl.where(first, up, 0.0), 1))
         barrier()
         last = gl.atomic_add(counters + spot, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
         if last:
             gl.store(counters + spot, 0)
-            gate = gl.load(parts)
-            up = gl.load(parts + SIZE)
+            gate_sum = gl.load(parts)
+            up_sum = gl.load(parts + BLOCK_N)
             for s in gl.static_range(1, SPLITS):
-                gate += gl.load(parts + s * 2 * SIZE)
-                up += gl.load(parts + s * 2 * SIZE + SIZE)
+                gate_sum += gl.load(parts + s * 2 * BLOCK_N)
+                up_sum += gl.load(parts + s * 2 * BLOCK_N + BLOCK_N)
+            gate = gl.expand_dims(gate_sum, 1).broadcast_to(gate.shape)
+            up = gl.expand_dims(up_sum, 1).broadcast_to(up.shape)
     if last:
         if c is not None:
             factors = c + expert * (N // 128) + n
