@@ -108,7 +108,7 @@ def compile_layers() -> None:
             kind = "gated" if gated else "down"
             product = config.gated if gated else config.down
             if product is None:
-                estimate = rules.prefill_bytes(expert_prefill.STAGES, scale_bytes)
+                estimate = rules.prefill_bytes(expert_prefill.STAGES, scale_bytes, gated)
                 prefill.name = f"prefill 128 {kind} {M} {E} {inner} {scale} {estimate}"
                 expert_prefill.launch(**operands, routing=routing, counter=count[:1], programs=SMS)
                 continue

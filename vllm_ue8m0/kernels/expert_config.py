@@ -58,9 +58,9 @@ def shared_bytes(
     return product.stages * stage + token + 16 * blocks + product.block_n * rows * 4 + 256
 
 
-def prefill_bytes(stages: int, scale_bytes: int) -> int:
-    """Shared memory of expert_prefill: ring, a layout's change of 64 x 128 16-bit results."""
-    return stages * 128 * (3 * 128 + scale_bytes) + 64 * 128 * 2 + 256
+def prefill_bytes(stages: int, scale_bytes: int, gated: bool) -> int:
+    """Shared memory of expert_prefill: ring, a layout's change of 64 x 128 16-bit results, up."""
+    return stages * 128 * (3 * 128 + scale_bytes) + (2 if gated else 1) * 64 * 128 * 2 + 256
 
 
 def experts_config(

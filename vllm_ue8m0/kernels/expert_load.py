@@ -2,9 +2,17 @@
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .hopper import copy_to_shared, quantize, reinterpret
+from .hopper import (
+    barrier,
+    copy_to_shared,
+    next_stage,
+    quantize,
+    reinterpret,
+    start_dependents,
+    wait_for_inputs,
+)
 from .route import TILE_FIELDS
 
 
@@ -112,3 +120,69 @@ def copy_weights(w_desc, w_smem, bar, stage, expert, n, k, N, pred, GATED: gl.co
         ahead = k + 1
     copy_to_shared(w_desc, [row, k * 128], bar, w_smem.index(2 * stage), pred=pred)
     copy_to_shared(w_desc, [second, ahead * 128], bar, w_smem.index(2 * stage + 1), pred=pred)
+
+
+@gluon.jit
+def _copy_pair(w_desc, w_smem, bar, stage, expert, n, k, N, pred, GATED: gl.constexpr):
+    if GATED:
+        row = expert * N + n * 128
+        second = row + N // 2
+    else:
+        row = expert * N + n * 256
+        second = row + 128
+    copy_to_shared(w_desc, [row, k * 128], bar, w_smem.index(2 * stage), pred=pred)
+    copy_to_shared(w_desc, [second, k * 128], bar, w_smem.index(2 * stage + 1), pred=pred)
+
+
+@gluon.jit
+def copy_ordered(
+    a_desc, as_desc, w_desc, a_smem, as_smem, w_smem, next_smem, ready, empty, tiles, num_tiles,
+    counter, tiles_n, N, NK, STAGES: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """The producer warp of expert_prefill. It takes units as they come, two before they are due."""
+    A_BYTES: gl.constexpr = a_desc.block_type.nbytes + as_desc.block_type.nbytes
+    nbytes: gl.constexpr = A_BYTES + 2 * w_desc.block_type.nbytes
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    programs = gl.num_programs(0)
+    if GATED:
+        wait_for_inputs()
+        start_dependents()
+    # What wrote the tiles ended before the kernel that let this one start.
+    units = gl.load(num_tiles) * tiles_n
+    unit = gl.program_id(0)
+    following = unit + programs
+    early = 0
+    if not GATED:
+        if unit < units:
+            _, expert, _, _, n = ordered_unit(unit, units, tiles, tiles_n)
+            early = gl.minimum(NK, STAGES)
+            for i in range(early):
+                mbarrier.expect(ready.index(i), nbytes)
+                _copy_pair(w_desc, w_smem, ready.index(i), i, expert, n, i, N, True, GATED)
+        wait_for_inputs()
+        start_dependents()
+    stage, phase, done = 0, 1, 0
+    if unit < units:
+        tile, expert, row, _, n = ordered_unit(unit, units, tiles, tiles_n)
+    else:
+        tile, expert, row, n = 0, 0, 0, 0
+    while unit < units:
+        for k in range(NK):
+            bar = ready.index(stage)
+            mbarrier.wait(empty.index(stage), phase)
+            if k == 0:
+                next_smem.index(stage).store(gl.full([1], following, gl.int32, line))
+                barrier()
+            late = done >= early
+            mbarrier.expect(bar, nbytes, pred=late)
+            _copy_pair(w_desc, w_smem, bar, stage, expert, n, k, N, late, GATED)
+            copy_to_shared(a_desc, [row, k * 128], bar, a_smem.index(stage))
+            copy_to_shared(as_desc, [k, tile * 128], bar, as_smem.index(stage))
+            done += 1
+            stage, phase = next_stage(stage, phase, 1, STAGES)
+        tile, expert, row, _, n = ordered_unit(following, units, tiles, tiles_n)
+        taken = gl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
+        if taken == units - 1:
+            gl.store(counter, 0)  # every unit takes one, so this is the last
+        unit = following
+        following = taken + 2 * programs

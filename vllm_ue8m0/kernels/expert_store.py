@@ -53,6 +53,21 @@ def store_gated(
 
 
 @gluon.jit
+def store_hidden(
+    gate, up, out, out_s, row, scale_row, end, n, N, stride_os,
+    UE8M0: gl.constexpr, FLOOR: gl.constexpr, DTYPE: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """gate and up [64, 128] -> codes of rows row to end, and scales from scale_row on."""
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    code, scale = quantize(silu_mul(gate, up, DTYPE), UE8M0, FLOOR)
+    i = gl.arange(0, 64, rows)
+    target = out_s + n.to(gl.int64) * stride_os + (scale_row + i)
+    gl.store(target, stored_scale(scale, UE8M0), mask=row + i < end)
+    code = code.to(gl.uint8, bitcast=True)
+    store_tile(code, out, None, None, row, end, n * 128, N // 2, mma, 16)
+
+
+@gluon.jit
 def store_tile(
     value, out, order, slot_weights, row, end, column, N, mma: gl.constexpr, WIDE: gl.constexpr
 ):  # fmt: skip

@@ -47,7 +47,8 @@ def experts(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Routed experts; see reference.experts. Ids outside [0, E) are skipped."""
-    if refusal(w13, sf13, w2, sf2, gran13, gran2, activation_scale) is not None:
+    why = refusal(w13, sf13, w2, sf2, gran13, gran2, activation_scale)
+    if why is not None or x.dtype == torch.float32:
         return portable.experts(
             x, w13, sf13, c13, w2, sf2, c2, topk_weights, topk_ids, gran13, gran2,
             activation_scale, weight_on_input, expert_map, out,
@@ -130,7 +131,8 @@ def batched_experts(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each expert of its own rows; see reference.batched_experts. out is contiguous."""
-    if refusal(w13, sf13, w2, sf2, gran13, gran2, activation_scale) is not None:
+    why = refusal(w13, sf13, w2, sf2, gran13, gran2, activation_scale)
+    if why is not None or x.dtype == torch.float32:
         return portable.batched_experts(
             x, w13, sf13, c13, w2, sf2, c2, counts, gran13, gran2, activation_scale, out
         )
