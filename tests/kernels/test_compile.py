@@ -211,7 +211,7 @@ def compile_products(build, capability: int) -> None:
         constants = {"EXPERTS": 32}
         build_gemm(f"batched_gemm {rows}", rows, dtype, kernel, {"counts": I32}, constants)
     pointers = {"slots": BF16, "topk_ids": I64, "out": BF16}
-    constants = {"BLOCK_M": 4, "BLOCK_N": 512}
+    constants = {"TOPK": 8, "BLOCK_N": 1024, "PDL": capability >= 90}
     build("combine", grouped_gemm._combine_kernel, pointers, constants)
 
 

@@ -18,8 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import kernel_codes
+from .config import dependent_launch, kernel_codes
 from .gemm import multiply
+from .tile import wait_for_inputs
 from .ue8m0 import round_to, to_float
 
 
@@ -63,24 +64,23 @@ def _grouped_gemm_kernel(
     tl.store(out + target[:, None] * N + columns[None, :], value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["num_experts"])
 def _combine_kernel(
-    slots, topk_ids, out, M, N, num_experts, topk,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    slots, topk_ids, out, N, num_experts,
+    TOPK: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    """A part of a token's row; all its slots are loaded at once."""
+    wait_for_inputs(PDL)
+    row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (row < M)[:, None] & (column < N)[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(topk):
-        slot = row * topk + k
-        expert = tl.load(topk_ids + slot, mask=row < M, other=-1)
+    acc = tl.zeros([BLOCK_N], tl.float32)
+    for k in tl.static_range(TOPK):
+        expert = tl.load(topk_ids + row * TOPK + k)
         used = (expert >= 0) & (expert < num_experts)
         # A skipped slot was never written.
-        source = slots + slot[:, None] * N + column[None, :]
-        acc += to_float(tl.load(source, mask=mask & used[:, None], other=0.0))
-    target = out + row[:, None] * N + column[None, :]
-    tl.store(target, round_to(acc, out.dtype.element_ty), mask=mask)
+        source = slots + (row * TOPK + k) * N + column
+        acc += to_float(tl.load(source, mask=column < tl.where(used, N, 0), other=0.0))
+    tl.store(out + row * N + column, round_to(acc, out.dtype.element_ty), mask=column < N)
 
 
 def launch(
@@ -109,8 +109,8 @@ def combine(
 ) -> None:
     """Sum slots [M * topk, N] over each token's valid topk_ids [M, topk] into out [M, N]."""
     (M, N), topk = out.shape, topk_ids.shape[1]
-    block_m, block_n = 4, 512
-    _combine_kernel[(triton.cdiv(M, block_m), triton.cdiv(N, block_n))](
-        slots, topk_ids, out, M, N, num_experts, topk,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+    block = 1024  # 16 bytes a thread and slot
+    _combine_kernel[(M, triton.cdiv(N, block))](
+        slots, topk_ids, out, N, num_experts, TOPK=topk, BLOCK_N=block, num_warps=4,
+        **dependent_launch(out.device),
     )  # fmt: skip
