@@ -66,6 +66,7 @@ def store_tile(
     MN_MAJOR: tl.constexpr, PACKED: tl.constexpr, COPIES: tl.constexpr, scale_rows=None,
 ):  # fmt: skip
     """Quantize float32 values [ROWS, GROUPS * GROUP] of rows `row` and store codes and scales."""
+    COPIES_LOADED: tl.constexpr = triton.next_power_of_2(COPIES)
     ue8m0: tl.constexpr = PACKED or s.dtype.element_ty == tl.uint8
     codes, scale = quantize(tl.reshape(values, [ROWS * GROUPS, GROUP]), ue8m0, FLOOR)
     codes = tl.reshape(codes, [ROWS, GROUPS * GROUP])
@@ -80,18 +81,27 @@ def store_tile(
     else:
         column, column_used = group, group < groups
     k = first_group * GROUP + tl.arange(0, GROUPS * GROUP)
+    if COPIES > 0:
+        # All places before the first store, which might have changed them for all that LLVM knows.
+        each = tl.arange(0, COPIES_LOADED)
+        spot = row[:, None] * COPIES + each[None, :]
+        some = (row < limit)[:, None] & (each < COPIES)[None, :]
+        places = tl.load(destinations + spot, mask=some, other=-1)
+        if scale_rows is not None:
+            scale_places = tl.load(scale_rows + spot, mask=places >= 0, other=0)
     for copy in tl.static_range(COPIES if COPIES > 0 else 1):
         if COPIES > 0:
-            place = destinations + row * COPIES + copy
-            target = tl.load(place, mask=row < limit, other=-1).to(tl.int64)
+            target = tl.sum(tl.where(each[None, :] == copy, places, 0), 1).to(tl.int64)
             used = target >= 0
         else:
             target, used = row, row < limit
         mask = used[:, None] & (k < K)[None, :]
         tl.store(q + target[:, None] * K + k[None, :], codes, mask=mask)
         if scale_rows is not None:
-            place = scale_rows + row * (COPIES if COPIES > 0 else 1) + copy
-            target = tl.load(place, mask=used, other=0).to(tl.int64)
+            if COPIES > 0:
+                target = tl.sum(tl.where(each[None, :] == copy, scale_places, 0), 1).to(tl.int64)
+            else:
+                target = tl.load(scale_rows + row, mask=used, other=0).to(tl.int64)
         if MN_MAJOR:
             scales = s + column.to(tl.int64)[None, :] * stride_s + target[:, None]
         else:
