@@ -22,6 +22,7 @@ from ..formats import BLOCK
 from ..layouts import ceil_div
 
 MAX_DECODE_ROWS, MAX_MIDDLE_ROWS = 64, 256
+PREFILL_ROWS = 128  # of the smallest tile above MAX_DECODE_ROWS
 MAX_K = 65536  # of 64 tokens' scales beside one stage, where K is not divided
 TABLES = Path(__file__).parents[1] / "tuned"
 # Shared memory of a program: alone on an SM, and with a second one, so that the next kernel's

@@ -135,6 +135,11 @@ def most_tiles(slots: int, num_experts: int, rows: int) -> int:
     return min(slots, (slots + num_experts * (rows - 1)) // rows)
 
 
+def programs(slots: int) -> int:
+    """Those of a launch; a single one needs no second launch."""
+    return triton.cdiv(slots, SLOTS)
+
+
 def empty_routing(topk_ids: torch.Tensor, num_experts: int, rows: int) -> Routing:
     slots, device = topk_ids.numel(), topk_ids.device
 
@@ -160,7 +165,7 @@ def launch(
     starts = torch.empty(2 * num_experts, dtype=torch.int32, device=device)  # rows, then tiles
     scale_rows = torch.empty_like(routing.destinations)
     sizes = {"ROWS": rows, "PITCH": scale_pitch(rows), "SLOTS": SLOTS, "num_warps": 8}
-    grid, num_global = (triton.cdiv(slots, SLOTS),), 0 if expert_map is None else len(expert_map)
+    grid, num_global = (programs(slots),), 0 if expert_map is None else len(expert_map)
     dependent = dependent_launch(device)
     _count_kernel[grid](
         topk_ids, expert_map, counts, counts[num_experts:], starts, routing.destinations,

@@ -80,6 +80,11 @@ def _route_quant_kernel(
         tl.store(s + group.to(tl.int64) * stride_s + place, scale, mask=group < groups * some)
 
 
+def compared_slots(slots: int) -> int:
+    """What every program compares, of `slots` and padding."""
+    return triton.next_power_of_2(slots)
+
+
 def launch(
     x: torch.Tensor, q: torch.Tensor, s: torch.Tensor, topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None, num_experts: int, rows: int, floor: int,
@@ -89,7 +94,7 @@ def launch(
     """
     (M, K), topk = x.shape, topk_ids.shape[1]
     groups, routing = triton.cdiv(K, GROUP), empty_routing(topk_ids, num_experts, rows)
-    slots = triton.next_power_of_2(M * topk)
+    slots = compared_slots(M * topk)
     _route_quant_kernel[(M * triton.cdiv(groups, GROUPS),)](
         x, q.view(torch.uint8), s, topk_ids, expert_map, routing.destinations, routing.order,
         routing.tiles, routing.num_tiles, K, groups, x.stride(0) if M > 1 else K, s.stride(1),

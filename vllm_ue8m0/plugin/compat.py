@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+import torch
 import vllm
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -55,9 +56,11 @@ __all__ = [
     "init_logger",
     "knows_method",
     "make_prepare_finalize",
+    "most_rows",
     "platform",
     "register_quantization_config",
     "replace_parameter",
+    "router_ids_dtype",
     "version_warning",
     *_MODULE_OF,
 ]
@@ -127,6 +130,29 @@ def dispatches_inside_experts(moe_parallel_config: Any) -> bool:
     """
     kinds = ("use_moonep_kernels", "use_passthrough_all2all")
     return any(getattr(moe_parallel_config, kind, False) for kind in kinds)
+
+
+# vLLM's MLA projects a prefill's cached context in chunks of at most so many rows, or of a block
+# for each sequence (determine_chunked_prefill_workspace_size).
+MLA_CONTEXT_ROWS = 64 * 1024
+
+
+def most_rows(prefix: str) -> int:
+    """The most rows that a step of this server has for the layer `prefix`; 1 outside vLLM."""
+    config = current_config()
+    if config is None:
+        return 1
+    most = int(config.scheduler_config.max_num_batched_tokens)
+    if prefix.rsplit(".", 1)[-1] == "kv_b_proj":
+        return max(most, MLA_CONTEXT_ROWS)
+    return most
+
+
+def router_ids_dtype() -> torch.dtype:
+    """Of the experts' ids, where no all-to-all wants another: int32 but of a simulated routing."""
+    from vllm import envs
+
+    return torch.int64 if envs.VLLM_MOE_ROUTING_SIMULATION_STRATEGY else torch.int32
 
 
 def knows_method(name: str) -> bool:

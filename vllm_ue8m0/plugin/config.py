@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import warmup
 from ..checkpoint.check import check_local_checkpoint
 from ..formats import ConfigError, QuantSpec, check_model_type
 from . import compat
@@ -36,6 +37,8 @@ class Ue8m0Config(compat.QuantizationConfig):  # type: ignore[misc]
         self.ignored_layers = list(spec.ignored_layers)
         self.report = LoadReport()
         self._options_read = False
+        # What to warm up; None when that is done, so that a reload keeps no weights alive.
+        self._operators: list[warmup.Operator] | None = []
 
     def __repr__(self) -> str:
         return f"Ue8m0Config({self.spec})"
@@ -133,12 +136,23 @@ class Ue8m0Config(compat.QuantizationConfig):  # type: ignore[misc]
         self.spec = self.spec.with_options(options)
         additional[NAME] = self.spec.options()
 
-    def layer_done(self, layer_kind: str, kind: str, finer: bool, device: torch.device) -> None:
-        """Count a processed layer; after the last one, log the summary line."""
+    def layer_done(
+        self, layer_kind: str, kind: str, finer: bool, device: torch.device,
+        operator: warmup.Operator | None,
+    ) -> None:  # fmt: skip
+        """Count a processed layer; after the last one, log the summary line and warm up.
+
+        Before vLLM's profile run and graph capture, which launch what they happen to reach one
+        kernel after the other; and once: a reload of weights finds everything compiled.
+        """
+        if operator is not None and self._operators is not None:
+            self._operators.append(operator)
         if self.report.add(layer_kind, kind, finer):
             from ..dispatch import choose
 
             logger.info(self.report.line(self.spec, choose("linear", device.type).name))
+            operators, self._operators = self._operators or [], None
+            warmup.run(operators, lambda line: logger.info("ue8m0: %s", line))
 
 
 def register_method() -> None:

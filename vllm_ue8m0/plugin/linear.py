@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import library  # noqa: F401  (defines torch.ops.vllm_ue8m0)
+from .. import library, warmup  # noqa: F401  (library defines torch.ops.vllm_ue8m0)
 from ..formats import BLOCK, FP8_NAN_CODE, MIN_GROUP_K
 from ..layouts import ceil_div, common_gran, grid_shape, output_gran
 from . import compat
@@ -172,7 +172,18 @@ class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
             # The AMX MLA backend requantizes kv_b_proj to one scale per tensor whenever it sees
             # this attribute on an e4m3 weight; without it, it takes the exact values from `apply`.
             del layer.weight_block_size
-        self.config.layer_done("linear", done.kind, gran != (BLOCK, BLOCK), done.sf.device)
+        operator = warmup.linear(
+            layer.orig_dtype,
+            layer.weight,
+            layer.weight_scale_inv,
+            layer.weight_scale_c,
+            getattr(layer, "bias", None),
+            self.gran,
+            self.config.spec.activation_scale,
+            compat.most_rows(self.prefix),
+        )
+        finer = gran != (BLOCK, BLOCK)
+        self.config.layer_done("linear", done.kind, finer, done.sf.device, operator)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if x.dtype == E4M3:  # MLA with FP8 prefill hands its latent over as e4m3

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import warmup
 from ..formats import BLOCK
 from ..layouts import common_gran, grid_shape
 from . import compat
@@ -131,14 +132,15 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
         self._build_kernel(layer)
         finer = {self.gran13, self.gran2} != {(BLOCK, BLOCK)}
         kind = kinds[0] if kinds[0] == kinds[1] else " / ".join(kinds)
-        self.config.layer_done("experts", kind, finer, layer.w13_weight.device)
+        device, operator = layer.w13_weight.device, self._operator(layer)
+        self.config.layer_done("experts", kind, finer, device, operator)
 
     def _build_kernel(self, layer: Any) -> None:
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         prepare_finalize = compat.make_prepare_finalize(self.moe, self.moe_quant_config, layer)
         form, cls, limits = prepare_finalize.activation_format, Ue8m0Experts, {}
         if form == Ue8m0BatchedExperts.activation_format():
-            cls = Ue8m0BatchedExperts
+            self.experts_cls = cls = Ue8m0BatchedExperts
             limits = {
                 "max_num_tokens": prepare_finalize.max_num_tokens_per_rank(),
                 "num_dispatchers": prepare_finalize.num_dispatchers(),
@@ -153,6 +155,27 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
             )
         experts = cls(moe_config=self.moe, quant_config=self.moe_quant_config, **limits)
         self.moe_kernel = compat.FusedMoEKernel(prepare_finalize, experts)
+
+    def _operator(self, layer: Any) -> warmup.Operator | None:
+        """To warm up; not the batched format, whose only number of rows the profile run reaches."""
+        if self.experts_cls is not Ue8m0Experts:
+            return None
+        return warmup.experts(
+            layer.orig_dtype,
+            layer.w13_weight,
+            layer.w13_weight_scale_inv,
+            layer.w13_weight_scale_c,
+            layer.w2_weight,
+            layer.w2_weight_scale_inv,
+            layer.w2_weight_scale_c,
+            self.gran13,
+            self.gran2,
+            self.config.spec.activation_scale,
+            self.moe.experts_per_token,
+            self.topk_indices_dtype or compat.router_ids_dtype(),
+            layer.expert_map,
+            compat.most_rows(self.prefix) * self.moe.moe_parallel_config.dp_size,
+        )
 
     def get_fused_moe_quant_config(self, layer: Any) -> Any:
         config = compat.fp8_w8a16_moe_quant_config(

@@ -5,6 +5,7 @@ launch. Nothing here waits for the device, so that everything can be captured in
 `weight_quant`, which refuses NaN. All run on sm_80 and newer.
 """
 
+from .plans import experts_plan, linear_plan
 from .products import batched_experts, describe, experts, gemm, linear
 from .quant import (
     act_quant,
@@ -22,8 +23,10 @@ __all__ = [
     "describe",
     "describe_quant",
     "experts",
+    "experts_plan",
     "gemm",
     "linear",
+    "linear_plan",
     "rms_norm_quant",
     "silu_mul_quant",
     "weight_dequant",

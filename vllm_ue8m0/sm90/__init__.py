@@ -4,17 +4,19 @@ The operators it has take what `reference` and `portable` take; what its kernels
 (`products.refusal`, `experts.refusal`) goes to `portable`.
 """
 
-from .experts import batched_experts, experts
+from .experts import batched_experts, experts, experts_plan
 from .experts import refusal as experts_refusal
-from .products import GEMM_SCALE_LAYOUT, describe, gemm, linear, refusal
+from .products import GEMM_SCALE_LAYOUT, describe, gemm, linear, linear_plan, refusal
 
 __all__ = [
     "GEMM_SCALE_LAYOUT",
     "batched_experts",
     "describe",
     "experts",
+    "experts_plan",
     "experts_refusal",
     "gemm",
     "linear",
+    "linear_plan",
     "refusal",
 ]

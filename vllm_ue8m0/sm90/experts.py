@@ -10,7 +10,7 @@ otherwise    portable's kernels: see `refusal`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -167,6 +167,30 @@ def batched_experts(
         hidden, hidden_s, w2, kernel_scale(sf2), c2, out.view(rows, H), None, config=down, **few
     )
     return out
+
+
+def experts_plan(
+    x: torch.Tensor, w13: torch.Tensor, sf13: torch.Tensor, w2: torch.Tensor, sf2: torch.Tensor,
+    gran13: Sequence[int], gran2: Sequence[int], activation_scale: str, topk: int, num_global: int,
+) -> Callable[[int], Hashable]:  # fmt: skip
+    """What `experts` launches, by the number of tokens: equal plans are equal kernels."""
+    if refusal(w13, sf13, w2, sf2, gran13, gran2, activation_scale) is not None:
+        return portable.experts_plan(
+            x, w13, sf13, w2, sf2, gran13, gran2, activation_scale, topk, num_global
+        )
+    (E, N, H), (_, sms) = w13.shape, device_of(x.device.index)
+    sizes = E, num_global, H, N // 2, 1 if activation_scale == "ue8m0" else 4
+
+    def plan(M: int) -> Hashable:
+        config, slots = experts_config(M, topk, *sizes, batch_invariant(), sms), M * topk
+        if config.one_token:
+            return config
+        if slots <= route_quant.MOST_SLOTS:
+            return config, route_quant.compared_slots(slots)
+        one = route.programs(slots) == 1
+        return config, one, act_quant_config(M, ceil_div(H, BLOCK), True)
+
+    return plan
 
 
 def _empty_quantized(

@@ -7,18 +7,19 @@ otherwise    portable's kernels: see `refusal`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
 from .. import portable
 from ..formats import BLOCK, SF_FLOOR
 from ..kernels import decode_gemm, prefill_gemm
-from ..kernels.config import batch_invariant
+from ..kernels.config import act_quant_config, batch_invariant
 from ..kernels.hopper import column_major
 from ..kernels.hopper_config import (
     MAX_DECODE_ROWS,
     MAX_K,
+    PREFILL_ROWS,
     DecodeConfig,
     PrefillConfig,
     decode_config,
@@ -79,6 +80,23 @@ def linear(
     return out
 
 
+def linear_plan(
+    x: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, gran: Sequence[int], activation_scale: str
+) -> Callable[[int], Hashable]:
+    """What `linear` launches, by the number of rows: equal plans are equal kernels (warmup.py)."""
+    if activation_scale == "none" or refusal(x, w, sf, gran) is not None:
+        return portable.linear_plan(x, w, sf, gran, activation_scale)
+    (N, K), index = w.shape, x.device.index
+
+    def plan(M: int) -> Hashable:
+        config = _choose(M, N, K, True, index)
+        if isinstance(config, DecodeConfig) and config.fused:
+            return config
+        return config, act_quant_config(M, ceil_div(K, BLOCK), True)
+
+    return plan
+
+
 def refusal(a: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, gran: Sequence[int]) -> str | None:
     """Why the sm_90 kernels do not multiply these, or None. a has unit stride along K.
 
@@ -125,6 +143,9 @@ def _config(a: torch.Tensor, w: torch.Tensor, linear: bool) -> DecodeConfig | Pr
 def _choose(M: int, N: int, K: int, linear: bool, index: int) -> DecodeConfig | PrefillConfig:
     if M <= MAX_DECODE_ROWS:
         return decode_config(M, N, K, linear, batch_invariant(), index)
+    # A part of a tile costs what a whole one does. So one number of rows for each number of tiles
+    # shows a warm-up every configuration.
+    M = ceil_div(M, PREFILL_ROWS) * PREFILL_ROWS
     return prefill_config(M, N, K, batch_invariant(), index)
 
 

@@ -1,0 +1,99 @@
+"""Which numbers of rows a warm-up launches, in which order, and what it says; no GPU."""
+
+import threading
+
+import pytest
+import torch
+
+from vllm_ue8m0 import dispatch, warmup
+from vllm_ue8m0.warmup import Operator
+
+
+@pytest.fixture(autouse=True)
+def gpus(monkeypatch):
+    """Four GPUs, of which this rank has the third."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+
+def operator(key, plan, most=5000, launched=None, fail=None):
+    def launch(M):
+        if fail is not None:
+            raise fail
+        launched.append((key, M, threading.current_thread() is threading.main_thread()))
+
+    return Operator(key, plan, launch, most)
+
+
+def test_one_number_of_rows_for_each_plan_and_remainder():
+    found = operator("a", lambda M: "few" if M <= 64 else "many").representatives()
+    assert found == {"few": [*range(1, 18)], "many": [*range(65, 81)]}
+    found = operator("a", lambda M: -(-M // 128) if M > 1024 else 0).representatives()
+    assert found[20] == [*range(2433, 2449)] and max(found) == 40
+    assert operator("a", lambda M: 0, most=1).representatives() == {0: [1]}
+    assert operator("a", lambda M: M, most=3).representatives() == {1: [1], 2: [2], 3: [3]}
+
+
+@pytest.mark.parametrize("most", [1, 3, 1024, 1025, 1030, 1040, 1041, 5000])
+def test_candidates_end_with_the_most_rows(most):
+    rows = list(warmup.candidates(most))
+    assert rows == sorted(set(rows)) and 1 <= max(rows) <= most
+    assert {M % 16 for M in range(1, most + 1)} == {M % 16 for M in rows}
+    tiles = {-(-M // 128) for M in range(1, most + 1)}
+    assert tiles == {-(-M // 128) for M in rows}
+
+
+def test_every_kernel_is_launched_once():
+    launched, said = [], []
+    layers = [
+        operator("a", lambda M: M > 64, 100, launched),
+        operator("a", lambda M: M > 64, 200, launched),  # the same shape, in a longer step
+        operator("b", lambda M: M > 64, 100, launched),
+        operator("c", lambda M: "other", 1, launched),
+    ]
+    total = warmup.run(layers, said.append, threads=3)
+    assert total == len(launched) == len(set(launched))
+    rows = {key: sorted(M for k, M, _ in launched if k == key) for key in "abc"}
+    assert rows["a"] == rows["b"] == [*range(1, 18), *range(65, 81)] and rows["c"] == [1]
+    # Threads compile one launch of each plan, then the other layers' and the multiples of 16.
+    in_threads = [(key, M) for key, M, main in launched if not main]
+    assert sorted(in_threads[:3]) == [("a", 1), ("a", 65), ("c", 1)]
+    assert sorted(in_threads[3:]) == [("a", 16), ("a", 80), *(("b", M) for M in (1, 16, 65, 80))]
+    assert "67 launches for 3 layer shapes" in said[0] and "every kernel is ready" in said[-1]
+
+
+def test_ranks_begin_with_different_kernels():
+    launched = []
+    warmup.run([operator("a", lambda M: M, 8, launched)], lambda line: None, threads=1)
+    assert [M for _, M, _ in launched] == [5, 6, 7, 8, 1, 2, 3, 4]
+
+
+def test_memory_that_is_not_there_is_a_warning():
+    said = []
+    warmup.run([operator("a", lambda M: 0, 2, fail=torch.OutOfMemoryError())], said.append)
+    assert "no memory for 1 rows" in said[1] and "every kernel is ready" in said[-1]
+
+
+def test_other_errors_are_raised():
+    with pytest.raises(RuntimeError, match="a kernel"):
+        warmup.run([operator("a", lambda M: 0, fail=RuntimeError("a kernel"))], lambda line: None)
+
+
+def test_long_warm_ups_say_how_far_they_are(monkeypatch):
+    monkeypatch.setattr(warmup, "SAY_SECONDS", 0.0)
+    said = []
+    warmup.run([operator("a", lambda M: 0, 2, [])], said.append, threads=1)
+    assert said[1:-1] == ["warm-up: 1 of 2 launches", "warm-up: 2 of 2 launches"]
+
+
+def test_nothing_is_compiled_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(dispatch, "choose", None)  # not even asked
+    w, sf = torch.empty(128, 128, dtype=torch.float8_e4m3fn), torch.empty(1, 1)
+    gran = (128, 128)
+    assert warmup.linear(torch.bfloat16, w, sf, None, None, gran, "ue8m0", 64) is None
+    experts = w[None], sf[None], None, w[None], sf[None], None, gran, gran, "ue8m0", 2
+    assert warmup.experts(torch.bfloat16, *experts, torch.int32, None, 64) is None
+    said = []
+    assert warmup.run([], said.append) == 0 and not said
