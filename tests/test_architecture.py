@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "vllm_ue8m0"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     # Peers are vLLM's kernels, timed beside ours; nothing that serves imports them. The recorder
-    # runs vLLM as its users do.
-    "vllm": {"plugin/compat.py", "bench/*peers.py", "evaluate/recorder.py"},
+    # and the starter run vLLM as its users do.
+    "vllm": {"plugin/compat.py", "bench/*peers.py", "evaluate/recorder.py", "start.py"},
     "triton": {"portable/*", "kernels/*"},
     # Backends are loaded by name.
     "vllm_ue8m0.sm90": {"sm90/*"},

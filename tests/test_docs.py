@@ -41,7 +41,7 @@ LM_EVAL = list(commands("lm_eval"))
 
 def test_there_are_some():
     verbs = {words[0] for _, words in OURS}
-    assert verbs == {"convert", "inspect", "verify", "doctor", "eval", "bench", "tune"}
+    assert verbs == {"convert", "inspect", "verify", "doctor", "eval", "warmup", "bench", "tune"}
     assert len(OURS) > 20 and SERVE and LM_EVAL
 
 
@@ -50,6 +50,8 @@ def test_ours(page, words):
     options = parse(words)
     if options.verb == "eval" and options.engine:
         check_engine(options.model, options.engine)
+    elif options.verb == "warmup":
+        check_engine(options.model, [*options.engine, "--quantization", "ue8m0"])
 
 
 @pytest.mark.parametrize(("page", "words"), SERVE, ids=map(str, SERVE))

@@ -230,6 +230,11 @@ VERBS: dict[str, Verb] = {
         cli_serving.eval_arguments,
         cli_serving.evaluate,
     ),
+    "warmup": (
+        "compile all that serving a model takes, ahead of the first start",
+        cli_serving.warmup_arguments,
+        cli_serving.warm_up,
+    ),
     "bench": ("time the operators, show and plot results", _bench_arguments, _bench),
     "tune": ("find the fastest products for this machine's GPU (sm_90)", _tune_arguments, _tune),
 }
@@ -247,6 +252,8 @@ def parse(arguments: Sequence[str]) -> Options:
     if arguments[:1] == ["eval"] and "--" in arguments:  # what follows is vLLM's to parse
         end = arguments.index("--")
         arguments, engine = arguments[:end], arguments[end + 1 :]
+    elif arguments[:1] == ["warmup"]:
+        arguments, engine = arguments[:2], arguments[2:]
     return parser.parse_args(arguments, argparse.Namespace(engine=engine))
 
 

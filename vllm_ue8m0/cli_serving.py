@@ -1,12 +1,20 @@
-"""The verbs of `vllm-ue8m0` that are about serving: doctor and eval."""
+"""The verbs of `vllm-ue8m0` that are about serving: doctor, eval and warmup."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 
 from .cli_values import positive
 from .evaluate import CONTEXT, TOP_K
+
+STDERR = 2  # the file descriptor; sys.stderr may be something else
 
 
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,3 +80,34 @@ def evaluate(options: argparse.Namespace) -> None:
         options.engine,
         options.json,
     )
+
+
+def warmup_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s MODEL [vLLM options]"
+    parser.epilog = (
+        "Everything behind MODEL is for vLLM, as in `vllm serve`: give what the server will get, "
+        "e.g. --tensor-parallel-size 8. Without weights: --load-format dummy."
+    )
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, or a model's name")
+
+
+def warm_up(options: argparse.Namespace) -> int:
+    """Start vLLM once, so that what it compiles and what we do is on disk for the next start."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="vllm-ue8m0-warmup-") as folder:
+        done = Path(folder, "done")
+        program = [sys.executable, "-m", f"{__package__}.start", str(done)]
+        # The file says whether the model started: vLLM's CPU build sometimes aborts at exit.
+        program += [options.model, *options.engine]
+        status = subprocess.run(program, stdout=STDERR, check=False).returncode
+        reason = done.read_text(encoding="utf-8") if done.exists() else None
+    if reason is None:
+        reason = f"vLLM ended with status {status} before {options.model} was ready; see above"
+    if reason:
+        print(f"vllm-ue8m0 warmup: {reason}", file=sys.stderr)
+        return 1
+    seconds, home = time.monotonic() - started, Path.home()
+    print(f"{options.model} is warmed up, {seconds:.0f} s. What the next start needs is in")
+    print(f"  {os.environ.get('TRITON_CACHE_DIR', home / '.triton' / 'cache')}")
+    print(f"  {os.environ.get('VLLM_CACHE_ROOT', home / '.cache' / 'vllm')}")
+    return 0

@@ -114,7 +114,7 @@ def engine_args(model: str, arguments: Sequence[str]) -> Any:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     def fail(message: str) -> NoReturn:
-        raise EvalError(f"options behind --, which are vLLM's as for `vllm serve`: {message}")
+        raise EvalError(f"options for vLLM, which are those of `vllm serve`: {message}")
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     parser.error = fail
