@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from . import __version__, cli_serving, cli_values
+from . import __version__, cli_bench, cli_serving, cli_values
 from .bench import GEMM_BENCHES, MOE_LAYERS, QUANT_OPS, BenchError
 from .checkpoint.shards import CheckpointError
 from .evaluate import EvalError
@@ -164,6 +164,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
             help="write one JSON record per line; FILE.jsonl.partial until the last is measured",
         )
         measured.add_argument("--plot", metavar="FILE.svg", help="draw: .svg, .png or .pdf")
+    cli_bench.e2e_arguments(add("e2e", "time serving on this machine's GPUs, beside vLLM's fp8"))
     _add_shapes(gemm, "weights to multiply by, e.g. 7168,2048, instead of DeepSeek-V3's")
     show = add("show", "print the table of recorded results; needs no GPU")
     plot = add("plot", "draw recorded results; needs no GPU")
@@ -187,6 +188,8 @@ def _bench(options: Options) -> None:
         command.gemm(options.only, options.quick, options.shape, options.out, options.plot)
     elif options.benchmark == "moe":
         command.moe(options.only, options.quick, options.out, options.plot)
+    elif options.benchmark == "e2e":
+        cli_bench.e2e(options)
     elif options.benchmark == "show":
         command.show(options.records)
     else:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import BenchError, plot, records, table
 
@@ -89,6 +89,27 @@ def measure(
     print(table.render(measured))
     if picture is not None:
         plot.save(measured, picture)
+
+
+def e2e(
+    only: Sequence[str],
+    sides: Sequence[str],
+    out: str | None,
+    caches: str | None,
+    setup: dict[str, Any],
+) -> None:
+    """Serve on this machine's GPUs, ours and vLLM's fp8. setup: of e2e.Setup, None: its default."""
+    from . import e2e, e2e_report, machine
+
+    machine.require_gpu()
+    chosen = e2e.Setup(**{name: value for name, value in setup.items() if value is not None})
+    results = e2e.measure(chosen, only, sides or [*e2e.QUANTIZATION], out, caches, _say)
+    measured = list(e2e_report.records(chosen, results))
+    if out is not None and measured:
+        records.write(out, measured)
+    print(e2e_report.details(results))
+    if measured:
+        print(table.render(measured))
 
 
 def tune(
