@@ -27,7 +27,7 @@ from . import dispatch
 
 SPECIALIZED = 16  # Triton asks of integers whether this divides them
 DENSE_ROWS, TILE_ROWS = 1024, 128
-MOST_THREADS = 8
+MOST_THREADS = 4
 SAY_SECONDS = 5.0
 Say = Callable[[str], None]
 
@@ -134,7 +134,7 @@ def _kind(tensor: torch.Tensor | None) -> Hashable:
 
 
 def run(operators: Sequence[Operator], say: Say, threads: int | None = None) -> int:
-    """Launch every kernel of these operators once; how many launches that took.
+    """Launch every kernel of these operators; how many launches that took.
 
     `say` gets a line before, every few seconds, and after. Where memory runs out, it gets a
     warning: the kernel is compiled when a step first needs it. Other errors are raised.
@@ -178,21 +178,23 @@ def run(operators: Sequence[Operator], say: Say, threads: int | None = None) -> 
 
 
 def _rounds(operators: Sequence[Operator]) -> list[list[tuple[Operator, int]]]:
-    """All launches. Within each round but the last few need the same kernel: threads compile them.
+    """Launches in order. Within each round but the last few need the same kernel: for threads.
 
     First one for each plan, which is often the same kernel in several layers; then the other
-    layers', and the multiples of 16; then what only an unforeseen stride could make new.
+    layers', and the multiples of 16. Then all, with what only an unforeseen stride could make new:
+    threads that use a kernel first may each begin a cache for it (JITFunction.device_caches, a
+    defaultdict, as of Triton 3.9), and what went into all but one of them is not found any more.
     """
     first: dict[Hashable, tuple[Operator, int]] = {}
     second: list[tuple[Operator, int]] = []
-    third: list[tuple[Operator, int]] = []
+    every: list[tuple[Operator, int]] = []
     for operator in operators:
         for plan, (least, *rest) in operator.representatives().items():
             if first.setdefault(plan, (operator, least)) != (operator, least):
                 second.append((operator, least))
-            for M in rest:
-                (third if M % SPECIALIZED else second).append((operator, M))
-    return [list(first.values()), second, third]
+            second += [(operator, M) for M in rest if M % SPECIALIZED == 0]
+            every += [(operator, M) for M in (least, *rest)]
+    return [list(first.values()), second, every]
 
 
 def _ranks() -> int:
