@@ -203,8 +203,6 @@ def _run(
 def _environment(setup: Setup, caches: Path | None) -> dict[str, str]:
     env = {**os.environ, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "HF_HUB_OFFLINE": "1"}
     env["VLLM_NO_USAGE_STATS"] = "1"
-    # Its warm-up compiles for minutes what graph capture compiles anyway, where that is reached.
-    env.setdefault("VLLM_DEEP_GEMM_WARMUP", "skip")
     env.pop("VLLM_MOE_ROUTING_SIMULATION_STRATEGY", None)
     if setup.routing != "router":
         env["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] = setup.routing

@@ -10,11 +10,14 @@ from dataclasses import dataclass, replace
 from ..layouts import ceil_div
 from .hopper_config import HALF_SHARED_BYTES, SHARED_BYTES
 
-# Most expected rows of an expert for tiles of so many; more, and the tensor cores limit.
-TOKENS = ((3, 8), (9, 16), (22, 32), (48, 64))
+# Most expected rows of an expert for tiles of so many; more is for expert_prefill. H100,
+# 2026-11-23, 256 experts of 2048, 512, 768 and 1,024 tokens: in tiles of 32 3,950 us, -, 4,534; of
+# 64 4,114, 4,186 and 4,249; by expert_prefill 4,003, 4,058 and 4,113.
+TOKENS = ((3, 8), (9, 16), (22, 32))
 PREFILL_ROWS = 128
 MOST_TOPK = 16  # of one token without sorting
 MAX_STAGES = 4
+LONG_WAVES = 3
 SM_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of an SM, and what each program takes beside its own
 FUSED_BYTES = 142 * 1024  # leaves two programs of the other product two stages each
 
@@ -74,18 +77,24 @@ def experts_config(
         return ExpertsConfig(PREFILL_ROWS)
     one_token = M == 1 and topk <= MOST_TOPK
     divided = one_token and not invariant
-    splits = gated_splits(topk * E / num_global, H, inner, sms) if divided else 1
-    return _few_rows(fitting[0], H, inner, scale_bytes, splits, one_token, sms)
+    active = min(E, M * topk * E / num_global)
+    splits = gated_splits(active, H, inner, sms) if divided else 1
+    waves = active * ceil_div(inner, 128) / sms
+    return _few_rows(fitting[0], H, inner, scale_bytes, splits, one_token, waves, sms)
 
 
 def batched_config(T: int, H: int, inner: int, scale_bytes: int, sms: int) -> ExpertsConfig:
     """For experts with room for T rows each; how many they use is not known."""
-    return _few_rows(16 if T <= 16 else 32 if T <= 32 else 64, H, inner, scale_bytes, 1, False, sms)
+    rows = 16 if T <= 16 else 32 if T <= 32 else 64
+    return _few_rows(rows, H, inner, scale_bytes, 1, False, 0, sms)
 
 
 def _few_rows(
-    rows: int, H: int, inner: int, scale_bytes: int, splits: int, one_token: bool, sms: int
-) -> ExpertsConfig:
+    rows: int, H: int, inner: int, scale_bytes: int, splits: int, one_token: bool, waves: float,
+    sms: int,
+) -> ExpertsConfig:  # fmt: skip
+    """waves: units of the gated product for an SM, as far as known."""
+
     def deepest(product: Product, budgets: tuple[int, ...], gated: bool) -> Product:
         """Two stages at least, in the first budget that has room for them."""
         NK = ceil_div(H if gated else inner, 128)
@@ -99,6 +108,11 @@ def _few_rows(
     gated = Product(128, 1, splits, sms // splits * splits)
     # The other product's programs start beside this one's, and its weights are on their way.
     gated = deepest(gated, (HALF_SHARED_BYTES, FUSED_BYTES, SHARED_BYTES), True)
+    # Where the stream is long, fewer stages. H100, 2026-11-23, three and two stages: 256 experts of
+    # 2048, 32 and 128 tokens, 2,436 and 2,402 us, 3,763 and 3,706; of 256, 128 tokens (4 waves), 516
+    # and 510, 16 tokens (2 waves), 209 and 212.
+    if waves >= LONG_WAVES:
+        gated = replace(gated, stages=2)
     used = shared_bytes(gated, rows, ceil_div(H, 128), True, one_token, scale_bytes)
     # Eight warps of an SM multiply. H100, 2026-11-23, 256 experts of 2048, 1 and 128 tokens:
     # 130 and 3,779 us; one program of 64 columns an SM, which is four warps: 139 and 3,880.
