@@ -229,9 +229,12 @@ def compile_routing(build) -> None:
         name = "route count and place" if one else "route count"
         build(name, route._count_kernel, pointers, constants, num_warps=8)
     build("route place", route._place_kernel, pointers, sizes, num_warps=8)
+    constants = {**tile, "EXPERTS": 32, "BLOCK": 128}
+    build("batched tiles", route._tiles_kernel, pointers, constants, num_warps=4)
     pointers |= {"x": BF16, "q": BYTES, "s": BYTES}
     groups = {"GROUP": route_quant.GROUP, "GROUPS": route_quant.GROUPS, "FLOOR": 105}
     slots = {"COPIES": topk, "TOPK": topk, "SLOTS": route_quant.MOST_SLOTS}
+    slots["CHUNK"] = route_quant.CHUNK
     constants = {**tile, **groups, **slots}
     kernel, warps = route_quant._route_quant_kernel, route_quant.WARPS
     build("route few slots", kernel, pointers, constants, num_warps=warps)

@@ -108,9 +108,9 @@ def _few_rows(
     gated = Product(128, 1, splits, sms // splits * splits)
     # The other product's programs start beside this one's, and its weights are on their way.
     gated = deepest(gated, (HALF_SHARED_BYTES, FUSED_BYTES, SHARED_BYTES), True)
-    # Where the stream is long, fewer stages. H100, 2026-11-23, three and two stages: 256 experts of
-    # 2048, 32 and 128 tokens, 2,436 and 2,402 us, 3,763 and 3,706; of 256, 128 tokens (4 waves), 516
-    # and 510, 16 tokens (2 waves), 209 and 212.
+    # Where the stream is long, fewer stages. H100, 2026-11-23, with three and with two: 256 experts
+    # of 2048, 32 tokens 2,436 and 2,402 us, 128 tokens 3,763 and 3,706; of 256, 128 tokens (4
+    # waves) 516 and 510, 16 tokens (2 waves) 209 and 212.
     if waves >= LONG_WAVES:
         gated = replace(gated, stages=2)
     used = shared_bytes(gated, rows, ceil_div(H, 128), True, one_token, scale_bytes)
