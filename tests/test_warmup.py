@@ -1,11 +1,12 @@
 """Which numbers of rows a warm-up launches, in which order, and what it says; no GPU."""
 
-import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from vllm_ue8m0 import dispatch, warmup
+from vllm_ue8m0.kernels import precompile
 from vllm_ue8m0.warmup import Operator
 
 
@@ -13,7 +14,6 @@ from vllm_ue8m0.warmup import Operator
 def gpus(monkeypatch):
     """Four GPUs, of which this rank has the third."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
 
@@ -22,7 +22,7 @@ def operator(key, plan, most=5000, launched=None, fail=None):
     def launch(M):
         if fail is not None:
             raise fail
-        launched.append((key, M, threading.current_thread() is threading.main_thread()))
+        launched.append((key, M))
 
     return Operator(key, plan, launch, most)
 
@@ -53,22 +53,51 @@ def test_every_kernel_is_launched():
         operator("b", lambda M: M > 64, 100, launched),
         operator("c", lambda M: "other", 1, launched),
     ]
-    total = warmup.run(layers, said.append, threads=3)
-    assert total == len(launched)
-    # The last round, which threads have no part in, is everything.
-    rows = {key: sorted(M for k, M, main in launched if main and k == key) for key in "abc"}
+    total = warmup.run(layers, said.append)
+    assert total == len(launched) == len(set(launched))
+    rows = {key: [M for k, M in launched if k == key] for key in "abc"}
     assert rows["a"] == rows["b"] == [*range(1, 18), *range(65, 81)] and rows["c"] == [1]
-    # Threads compile one launch of each plan, then the other layers' and the multiples of 16.
-    in_threads = [(key, M) for key, M, main in launched if not main]
-    assert sorted(in_threads[:3]) == [("a", 1), ("a", 65), ("c", 1)]
-    assert sorted(in_threads[3:]) == [("a", 16), ("a", 80), *(("b", M) for M in (1, 16, 65, 80))]
-    assert "76 launches for 3 layer shapes" in said[0] and "every kernel is ready" in said[-1]
+    assert "67 launches for 3 layer shapes" in said[0] and "every kernel is ready" in said[-1]
 
 
-def test_ranks_begin_with_different_kernels():
-    launched = []
-    warmup.run([operator("a", lambda M: M, 8, launched)], lambda line: None, threads=1)
-    assert [M for _, M, main in launched if not main] == [5, 6, 7, 8, 1, 2, 3, 4]
+@pytest.mark.parametrize("cold", [False, True])
+def test_the_first_kernel_that_is_compiled_has_all_compiled_ahead(monkeypatch, cold):
+    """From a third of the way on: other ranks begin elsewhere."""
+    events, names = [], []
+
+    @contextmanager
+    def compilations():
+        yield names
+
+    @contextmanager
+    def recording():
+        events.append("recording")
+        yield [f"kernel {i}" for i in range(6)]
+        events.append("recorded")
+
+    def compile_all(kernels, processes, progress):
+        events.append((kernels, processes))
+        progress()
+        return ["kernel 2: broken"]
+
+    monkeypatch.setattr(precompile, "compilations", compilations)
+    monkeypatch.setattr(precompile, "recording", recording)
+    monkeypatch.setattr(precompile, "precompile", compile_all)
+
+    def launch(M):
+        events.append(M)
+        if cold and M >= 2:
+            names.append("_kernel")
+
+    said = []
+    warmup.run([Operator("a", lambda M: M, launch, 3)], said.append, processes=5)
+    if not cold:
+        assert events == [1, 2, 3]
+        return
+    ahead = [f"kernel {i}" for i in (3, 4, 5, 0, 1, 2)]
+    assert events == [1, 2, "recording", 1, 2, 3, "recorded", (ahead, 5), 3]
+    assert "6 kernels are compiled, in 5 processes" in said[1]
+    assert said[2] == "warm-up: not compiled ahead: kernel 2: broken"
 
 
 def test_memory_that_is_not_there_is_a_warning():
@@ -85,8 +114,8 @@ def test_other_errors_are_raised():
 def test_long_warm_ups_say_how_far_they_are(monkeypatch):
     monkeypatch.setattr(warmup, "SAY_SECONDS", 0.0)
     said = []
-    warmup.run([operator("a", lambda M: 0, 2, [])], said.append, threads=1)
-    assert said[1:-1] == [f"warm-up: {done} of 3 launches" for done in (1, 2, 3)]
+    warmup.run([operator("a", lambda M: 0, 2, [])], said.append)
+    assert said[1:-1] == [f"warm-up: {done} of 2 launches" for done in (1, 2)]
 
 
 def test_nothing_is_compiled_on_the_cpu(monkeypatch):

@@ -7,9 +7,8 @@ for a number of rows, by the rules that launch; `representatives` tries all numb
 and keeps the least of each plan and remainder of 16, which is what strides are made of.
 
 These are launched for real, so that kernels are loaded too: vLLM's JIT monitor counts a kernel that
-comes from Triton's cache on disk while serving as it does one that is compiled. New kernels are
-compiled in threads: Triton 3.6's front end, about half of the time, holds the interpreter's lock,
-but processes would each need a CUDA context beside the weights.
+comes from Triton's cache on disk while serving as it does one that is compiled. When the first one
+has to be compiled, all are, in a process for each core; kernels/precompile.py.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from . import dispatch
 
 SPECIALIZED = 16  # Triton asks of integers whether this divides them
 DENSE_ROWS, TILE_ROWS = 1024, 128
-MOST_THREADS = 4
+MOST_PROCESSES = 16
 SAY_SECONDS = 5.0
 Say = Callable[[str], None]
 
@@ -133,73 +132,71 @@ def _kind(tensor: torch.Tensor | None) -> Hashable:
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % SPECIALIZED
 
 
-def run(operators: Sequence[Operator], say: Say, threads: int | None = None) -> int:
+def run(operators: Sequence[Operator], say: Say, processes: int | None = None) -> int:
     """Launch every kernel of these operators; how many launches that took.
 
     `say` gets a line before, every few seconds, and after. Where memory runs out, it gets a
     warning: the kernel is compiled when a step first needs it. Other errors are raised.
     """
+    from .kernels import precompile
+
     started = time.monotonic()
     distinct: dict[Hashable, Operator] = {}
     for operator in operators:
         known = distinct.setdefault(operator.key, operator)
         if known.most < operator.most:
             distinct[operator.key] = operator
-    rounds = _rounds(list(distinct.values()))
-    total = sum(map(len, rounds))
-    if not total:
+    launches = _launches(list(distinct.values()))
+    if not launches:
         return 0
-    say(f"warm-up: {total} launches for {len(distinct)} layer shapes; new kernels are compiled")
-    progress, device, ranks = _Progress(total, say), torch.cuda.current_device(), _ranks()
-    threads = threads or max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // ranks))
-    torch.cuda.synchronize()  # threads have a stream of their own
-    with ThreadPoolExecutor(threads, initializer=torch.cuda.set_device, initargs=(device,)) as pool:
-        for jobs in rounds[:-1]:
-            # Ranks beside this one compile the same kernels: each begins elsewhere, and finds on
-            # disk what the others have done.
-            begin = device * len(jobs) // ranks
-            futures = [
-                pool.submit(_launch, operator, M, say)
-                for operator, M in jobs[begin:] + jobs[:begin]
-            ]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    progress.step()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    for operator, M in rounds[-1]:
-        _launch(operator, M, say)
-        progress.step()
+    say(f"warm-up: {len(launches)} launches for {len(distinct)} layer shapes")
+    progress, processes = _Progress(len(launches), "launches", say), processes or _processes()
+    with precompile.compilations() as compiled:
+        for operator, M in launches:
+            _launch(operator, M, say)
+            if compiled and processes > 1:
+                _compile(launches, processes, say)
+                processes = 1
+            progress.step()
     torch.cuda.synchronize()
     say(f"warm-up: every kernel is ready, {time.monotonic() - started:.1f} s")
-    return total
+    return len(launches)
 
 
-def _rounds(operators: Sequence[Operator]) -> list[list[tuple[Operator, int]]]:
-    """Launches in order. Within each round but the last few need the same kernel: for threads.
+def _launches(operators: Sequence[Operator]) -> list[tuple[Operator, int]]:
+    return [
+        (operator, M)
+        for operator in operators
+        for rows in operator.representatives().values()
+        for M in rows
+    ]
 
-    First one for each plan, which is often the same kernel in several layers; then the other
-    layers', and the multiples of 16. Then all, with what only an unforeseen stride could make new:
-    threads that use a kernel first may each begin a cache for it (JITFunction.device_caches, a
-    defaultdict, as of Triton 3.9), and what went into all but one of them is not found any more.
-    """
-    first: dict[Hashable, tuple[Operator, int]] = {}
-    second: list[tuple[Operator, int]] = []
-    every: list[tuple[Operator, int]] = []
-    for operator in operators:
-        for plan, (least, *rest) in operator.representatives().items():
-            if first.setdefault(plan, (operator, least)) != (operator, least):
-                second.append((operator, least))
-            second += [(operator, M) for M in rest if M % SPECIALIZED == 0]
-            every += [(operator, M) for M in (least, *rest)]
-    return [list(first.values()), second, every]
+
+def _compile(launches: Sequence[tuple[Operator, int]], processes: int, say: Say) -> None:
+    """All kernels of these launches, into Triton's cache on disk."""
+    from .kernels import precompile
+
+    with precompile.recording() as kernels:
+        for operator, M in launches:
+            _launch(operator, M, say)
+    # Ranks beside this one compile the same kernels: each begins elsewhere, and finds on disk what
+    # the others have done.
+    begin = torch.cuda.current_device() * len(kernels) // _ranks()
+    say(f"warm-up: {len(kernels)} kernels are compiled, in {processes} processes")
+    progress = _Progress(len(kernels), "kernels", say)
+    for line in precompile.precompile(
+        kernels[begin:] + kernels[:begin], processes, progress.step
+    ):  # compiled here, then
+        say(f"warm-up: not compiled ahead: {line}")
+
+
+def _processes() -> int:
+    return min(MOST_PROCESSES, len(os.sched_getaffinity(0)) // _ranks())
 
 
 def _ranks() -> int:
     """Processes that may warm up on this machine: one for each GPU."""
-    return torch.cuda.device_count()
+    return max(1, torch.cuda.device_count())
 
 
 def _launch(operator: Operator, M: int, say: Say) -> None:
@@ -210,11 +207,16 @@ def _launch(operator: Operator, M: int, say: Say) -> None:
 
 
 class _Progress:
-    def __init__(self, total: int, say: Say) -> None:
-        self._total, self._say, self._done, self._last = total, say, 0, time.monotonic()
+    """Steps from any thread; a line every few seconds."""
+
+    def __init__(self, total: int, unit: str, say: Say) -> None:
+        self._total, self._unit, self._say = total, unit, say
+        self._done, self._last, self._lock = 0, time.monotonic(), Lock()
 
     def step(self) -> None:
-        self._done += 1
-        if time.monotonic() - self._last >= SAY_SECONDS:
-            self._last = time.monotonic()
-            self._say(f"warm-up: {self._done} of {self._total} launches")
+        with self._lock:
+            self._done += 1
+            due = time.monotonic() - self._last >= SAY_SECONDS
+            if due:
+                self._last = time.monotonic()
+                self._say(f"warm-up: {self._done} of {self._total} {self._unit}")
