@@ -6,6 +6,7 @@ what was served or compiled. Every worker, and what it starts, has one thread.
 
 import os
 import zlib
+from collections.abc import Iterator
 
 import pytest
 
@@ -30,11 +31,16 @@ def seed(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_cover(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What pytest-cov does for the marked tests themselves, for the processes they start."""
-    if request.node.get_closest_marker("no_cover"):
-        for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
-            monkeypatch.delenv(name)
+def _no_cover(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What pytest-cov does for the marked tests themselves, for the processes they start.
+
+    Not by the fixture monkeypatch, which would then be undone after all others.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("no_cover"):
+            for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
+                patch.delenv(name)
+        yield
 
 
 @pytest.hookimpl(optionalhook=True)

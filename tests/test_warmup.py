@@ -16,6 +16,7 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
 
 def operator(key, plan, most=5000, launched=None, fail=None):
@@ -75,8 +76,8 @@ def test_the_first_kernel_that_is_compiled_has_all_compiled_ahead(monkeypatch, c
         yield [f"kernel {i}" for i in range(6)]
         events.append("recorded")
 
-    def compile_all(kernels, processes, progress):
-        events.append((kernels, processes))
+    def compile_all(kernels, capability, processes, progress):
+        events.append((kernels, capability, processes))
         progress()
         return ["kernel 2: broken"]
 
@@ -95,7 +96,7 @@ def test_the_first_kernel_that_is_compiled_has_all_compiled_ahead(monkeypatch, c
         assert events == [1, 2, 3]
         return
     ahead = [f"kernel {i}" for i in (3, 4, 5, 0, 1, 2)]
-    assert events == [1, 2, "recording", 1, 2, 3, "recorded", (ahead, 5), 3]
+    assert events == [1, 2, "recording", 1, 2, 3, "recorded", (ahead, 90, 5), 3]
     assert "6 kernels are compiled, in 5 processes" in said[1]
     assert said[2] == "warm-up: not compiled ahead: kernel 2: broken"
 

@@ -184,9 +184,9 @@ def _compile(launches: Sequence[tuple[Operator, int]], processes: int, say: Say)
     begin = torch.cuda.current_device() * len(kernels) // _ranks()
     say(f"warm-up: {len(kernels)} kernels are compiled, in {processes} processes")
     progress = _Progress(len(kernels), "kernels", say)
-    for line in precompile.precompile(
-        kernels[begin:] + kernels[:begin], processes, progress.step
-    ):  # compiled here, then
+    major, minor = torch.cuda.get_device_capability()
+    ordered = kernels[begin:] + kernels[:begin]
+    for line in precompile.precompile(ordered, 10 * major + minor, processes, progress.step):
         say(f"warm-up: not compiled ahead: {line}")
 
 

@@ -42,7 +42,7 @@ def test_every_kernel_is_recorded(release):
     hopper = {
         name for section in found if "test_compile.py" not in section for name in found[section]
     }
-    hopper |= {"_count_kernel", "_place_kernel", "_route_quant_kernel"}
+    hopper |= {"_count_kernel", "_place_kernel", "_tiles_kernel", "_route_quant_kernel"}
     for capability in CAPABILITIES:
         assert found[f"test_compile.py {capability}"] >= kernels - hopper
 

@@ -6,7 +6,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from offline_compiler import empty, report, target
+from offline_compiler import empty, report
 
 
 @cache
@@ -37,7 +37,7 @@ def main() -> None:
     from vllm_ue8m0.kernels import act_quant, config, decode_gemm, precompile, prefill_gemm
     from vllm_ue8m0.kernels.hopper_config import DecodeConfig, PrefillConfig
 
-    gpu = precompile._NoGpu(target(90))
+    gpu = precompile._NoGpu(90)
     gpu.get_current_stream = lambda device: 0
     driver.set_active(gpu)
     act_quant.dependent_launch = lambda device: {"PDL": True, "launch_pdl": True}
@@ -74,12 +74,12 @@ def main() -> None:
         print("cached before:", len(list(Path(folder).iterdir())))
         os.environ["TRITON_CACHE_DIR"] = folder
         steps = []
-        errors = precompile.precompile(kernels, 2, lambda: steps.append(1))
+        errors = precompile.precompile(kernels, 90, 2, lambda: steps.append(1))
         print(f"compiled: {len(steps)} steps, {len(errors)} errors", *errors)
         print("launched before:", compiled_by_launches(cold), "compiled")
         print("launched after:", compiled_by_launches(folder), "compiled")
         broken = kernels[0]._replace(name="_no_kernel")
-        print("broken:", *precompile.precompile([broken], 2, lambda: None))
+        print("broken:", *precompile.precompile([broken], 90, 2, lambda: None))
 
 
 if __name__ == "__main__":

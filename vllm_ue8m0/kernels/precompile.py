@@ -75,17 +75,16 @@ def compilations() -> Iterator[list[str]]:
 
 
 def precompile(
-    kernels: Sequence[Kernel], processes: int, progress: Callable[[], None]
+    kernels: Sequence[Kernel], capability: int, processes: int, progress: Callable[[], None]
 ) -> list[str]:
-    """Compile those that the cache does not have; what went wrong, a line for each.
+    """Compile those that the cache does not have, for sm_`capability`; a line for each error.
 
     progress is called after each kernel, from any thread.
     """
     queue: SimpleQueue[Kernel] = SimpleQueue()
     for kernel in kernels:
         queue.put(kernel)
-    target = driver.active.get_current_target()
-    command = [sys.executable, "-m", __name__, target.backend, str(target.arch)]
+    command = [sys.executable, "-m", __name__, str(capability)]
     # A process that finds no GPU has no CUDA context beside the weights.
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
@@ -123,8 +122,8 @@ def precompile(
 class _NoGpu:
     """Triton's driver for a GPU that is elsewhere."""
 
-    def __init__(self, target: GPUTarget) -> None:
-        self._target = target
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
 
     def get_current_target(self) -> GPUTarget:
         return self._target
@@ -133,9 +132,9 @@ class _NoGpu:
         return 0
 
 
-def main(backend: str, arch: str) -> None:
+def main(capability: str) -> None:
     """Kernels from stdin, a line each; answers "done", or what went wrong."""
-    driver.set_active(_NoGpu(GPUTarget(backend, int(arch), 32)))
+    driver.set_active(_NoGpu(int(capability)))
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         try:

@@ -7,6 +7,7 @@ resolved on first use, so that registering the method costs milliseconds.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -150,9 +151,8 @@ def most_rows(prefix: str) -> int:
 
 def router_ids_dtype() -> torch.dtype:
     """Of the experts' ids, where no all-to-all wants another: int32 but of a simulated routing."""
-    from vllm import envs
-
-    return torch.int64 if envs.VLLM_MOE_ROUTING_SIMULATION_STRATEGY else torch.int32
+    simulated = os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
+    return torch.int64 if simulated else torch.int32
 
 
 def knows_method(name: str) -> bool:
