@@ -53,6 +53,7 @@ def main() -> None:
         prefill_gemm.launch(q[0], s, w, sf, None, None, out, PrefillConfig(128, 64, 4), None, 132)
 
     with tempfile.TemporaryDirectory() as cold, tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
         with precompile.recording() as kernels:
             launches()
             launches()
@@ -72,7 +73,6 @@ def main() -> None:
             return len(names)
 
         print("cached before:", len(list(Path(folder).iterdir())))
-        os.environ["TRITON_CACHE_DIR"] = folder
         steps = []
         errors = precompile.precompile(kernels, 90, 2, lambda: steps.append(1))
         print(f"compiled: {len(steps)} steps, {len(errors)} errors", *errors)
