@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 
+from vllm_ue8m0 import portable, sm90
 from vllm_ue8m0.bench.gemm import SHAPES
 from vllm_ue8m0.kernels import hopper_config as rules
 from vllm_ue8m0.layouts import ceil_div
@@ -159,6 +160,18 @@ def test_refusals():
     assert "w has strides 0, 1" in refused(a, codes(1, 256).expand(128, 256), gran)
     assert "scales of w" in refused(a, w, gran, sf.to(torch.bfloat16))
     assert "scales of w" in refused(a, w, gran, torch.zeros(2, 2, dtype=torch.uint8).t())
+
+
+def test_experts_of_float32_activations_are_portable():
+    """Launched and warmed up: both ask the same."""
+    w13, w2 = (codes(256, 128).view(1, *shape) for shape in ((256, 128), (256, 128)))
+    sf, gran = torch.zeros(1, 2, 1, dtype=torch.uint8), (128, 128)
+    rest = w13, sf, w2, sf, gran, gran, "ue8m0"
+    x = torch.zeros(4, 128, dtype=torch.bfloat16)
+    assert sm90.experts_refusal(x, *rest) is None
+    assert "float32" in sm90.experts_refusal(x.float(), *rest)
+    plans = [backend.experts_plan(x.float(), *rest, 2, 1) for backend in (sm90, portable)]
+    assert plans[0](64) == plans[1](64)
 
 
 @pytest.fixture

@@ -93,6 +93,8 @@ def warmup_arguments(parser: argparse.ArgumentParser) -> None:
 
 def warm_up(options: argparse.Namespace) -> int:
     """Start vLLM once, so that what it compiles and what we do is on disk for the next start."""
+    from .doctor.facts import triton_cache_directory
+
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vllm-ue8m0-warmup-") as folder:
         done = Path(folder, "done")
@@ -106,8 +108,8 @@ def warm_up(options: argparse.Namespace) -> int:
     if reason:
         print(f"vllm-ue8m0 warmup: {reason}", file=sys.stderr)
         return 1
-    seconds, home = time.monotonic() - started, Path.home()
+    seconds = time.monotonic() - started
     print(f"{options.model} is warmed up, {seconds:.0f} s. What the next start needs is in")
-    print(f"  {os.environ.get('TRITON_CACHE_DIR', home / '.triton' / 'cache')}")
-    print(f"  {os.environ.get('VLLM_CACHE_ROOT', home / '.cache' / 'vllm')}")
+    print(f"  {triton_cache_directory(os.environ)}")
+    print(f"  {os.environ.get('VLLM_CACHE_ROOT', Path.home() / '.cache' / 'vllm')}")
     return 0

@@ -84,7 +84,7 @@ def test_same_bits_as_step_by_step(sm90, monkeypatch, M, topk, E, H, I):  # noqa
         weights(E, H, I),
         routing(M, topk, E),
     )
-    assert sm90.experts_refusal(w[0], w[1], w[3], w[4], GRAN, GRAN, "ue8m0") is None
+    assert sm90.experts_refusal(x, w[0], w[1], w[3], w[4], GRAN, GRAN, "ue8m0") is None
     expected = step_by_step(sm90, x, w, route)
     for _ in range(2):  # the second finds the counters that the first left
         assert same_bits(run(sm90.experts, x, w, route), expected)

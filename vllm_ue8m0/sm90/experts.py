@@ -47,8 +47,7 @@ def experts(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Routed experts; see reference.experts. Ids outside [0, E) are skipped."""
-    why = refusal(w13, sf13, w2, sf2, gran13, gran2, activation_scale)
-    if why is not None or x.dtype == torch.float32:
+    if refusal(x, w13, sf13, w2, sf2, gran13, gran2, activation_scale) is not None:
         return portable.experts(
             x, w13, sf13, c13, w2, sf2, c2, topk_weights, topk_ids, gran13, gran2,
             activation_scale, weight_on_input, expert_map, out,
@@ -131,8 +130,7 @@ def batched_experts(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each expert of its own rows; see reference.batched_experts. out is contiguous."""
-    why = refusal(w13, sf13, w2, sf2, gran13, gran2, activation_scale)
-    if why is not None or x.dtype == torch.float32:
+    if refusal(x, w13, sf13, w2, sf2, gran13, gran2, activation_scale) is not None:
         return portable.batched_experts(
             x, w13, sf13, c13, w2, sf2, c2, counts, gran13, gran2, activation_scale, out
         )
@@ -174,7 +172,7 @@ def experts_plan(
     gran13: Sequence[int], gran2: Sequence[int], activation_scale: str, topk: int, num_global: int,
 ) -> Callable[[int], Hashable]:  # fmt: skip
     """What `experts` launches, by the number of tokens: equal plans are equal kernels."""
-    if refusal(w13, sf13, w2, sf2, gran13, gran2, activation_scale) is not None:
+    if refusal(x, w13, sf13, w2, sf2, gran13, gran2, activation_scale) is not None:
         return portable.experts_plan(
             x, w13, sf13, w2, sf2, gran13, gran2, activation_scale, topk, num_global
         )
@@ -202,12 +200,14 @@ def _empty_quantized(
 
 
 def refusal(
-    w13: torch.Tensor, sf13: torch.Tensor, w2: torch.Tensor, sf2: torch.Tensor,
+    x: torch.Tensor, w13: torch.Tensor, sf13: torch.Tensor, w2: torch.Tensor, sf2: torch.Tensor,
     gran13: Sequence[int], gran2: Sequence[int], activation_scale: str,
 ) -> str | None:  # fmt: skip
     """Why the sm_90 kernels do not run these experts, or None."""
     if activation_scale == "none":
         return "activations are not quantized"
+    if x.dtype == torch.float32:
+        return "activations are float32"
     for name, gran in (("w13", gran13), ("w2", gran2)):
         if tuple(gran) != (BLOCK, BLOCK):
             return f"{name}: scale blocks of {gran[0]}x{gran[1]}, not {BLOCK}x{BLOCK}"
