@@ -56,7 +56,15 @@ def test_ours(page, words):
 
 @pytest.mark.parametrize(("page", "words"), SERVE, ids=map(str, SERVE))
 def test_vllm_serve(page, words):
-    check_engine(words[0], words[1:])
+    pytest.importorskip("vllm")
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parsers = FlexibleArgumentParser().add_subparsers(required=True)
+    command = ServeSubcommand()
+    options = command.subparser_init(parsers).parse_args(words)
+    command.validate(options)
+    assert options.quantization == "ue8m0" and options.model_tag == words[0]
 
 
 def check_engine(model, arguments):
