@@ -163,7 +163,8 @@ def _scaled_config(rows: int, gran: tuple[int, int]) -> dict[str, int]:
     # 128 columns are the first operand. Heights are those above, measured on a GPU of as many SMs.
     # Two programs shall fit into an SM, with half of its 512 columns of tensor memory and of its
     # 227 KiB (stages - 1 blocks) each: Triton waits for every scaled product, and while one program
-    # waits, the other multiplies. Four warps for 128 rows would spill what weights experts' rows.
+    # waits, the other multiplies. 128 rows by 4 warps would spill where experts' rows are weighted;
+    # by 8 that kernel has registers for one program.
     if batch_invariant():
         # The same instruction for any number of rows; w, the larger part, is read once as before.
         rows = 1024
