@@ -3,10 +3,29 @@
 import inspect
 
 import numpy as np
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 E4M3 = torch.float8_e4m3fn
+# Of backend sm100, which runs in the interpreter too; Triton rewrites it for other GPUs.
+BLOCK_SCALING = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 10,
+    reason="block scaling needs a GPU of sm_100 or sm_103",
+)
+
+
+def backends(*modules, activations=()):
+    """Parameters: every backend under its name, with these activation scales; sm100 with ue8m0."""
+    for module in modules:
+        name = module.__name__.rpartition(".")[2]
+        if name == "sm100":  # it hands the other activations to portable
+            values = (module, "ue8m0") if activations else (module,)
+            yield pytest.param(*values, marks=BLOCK_SCALING, id=name)
+        elif activations:
+            yield from (pytest.param(module, scale, id=f"{name}-{scale}") for scale in activations)
+        else:
+            yield pytest.param(module, id=name)
 
 
 def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:

@@ -2,18 +2,15 @@
 
 import pytest
 import torch
-from checks import NoSynchronization, calc_diff, expert_operands, same_bits
+from checks import NoSynchronization, backends, calc_diff, expert_operands, same_bits
 
 from vllm_ue8m0 import portable, reference, sm100
 from vllm_ue8m0.kernels import batched_gemm, config, gemm
 
 U8, F32, BF16, F16 = torch.uint8, torch.float32, torch.bfloat16, torch.float16
 ACTIVATIONS = ["ue8m0", "fp32", "none"]
-# sm100 hands the other activations to portable.
 WITH_SM100 = pytest.mark.parametrize(
-    ("module", "activation_scale"),
-    [*((portable, scale) for scale in ACTIVATIONS), (sm100, "ue8m0")],
-    ids=[*ACTIVATIONS, "sm100"],
+    ("module", "activation_scale"), backends(portable, sm100, activations=ACTIVATIONS)
 )
 BACKENDS = pytest.mark.parametrize("module", [reference, portable], ids=["reference", "portable"])
 # Rows for each of four experts, of so many that there is room for.

@@ -4,14 +4,21 @@ import golden
 import numpy as np
 import pytest
 import torch
-from checks import E4M3, assert_product, random_codes, random_scale, same_bits
+from checks import (
+    BLOCK_SCALING,
+    E4M3,
+    assert_product,
+    backends,
+    random_codes,
+    random_scale,
+    same_bits,
+)
 
 from vllm_ue8m0 import portable, reference, sm100
 
-BACKENDS = pytest.mark.parametrize(
-    "backend", [reference, portable, sm100], ids=["reference", "portable", "sm100"]
-)
-KERNELS = pytest.mark.parametrize("module", [portable, sm100], ids=["portable", "sm100"])
+BACKENDS = pytest.mark.parametrize("backend", backends(reference, portable, sm100))
+KERNELS = pytest.mark.parametrize("module", backends(portable, sm100))
+SM100_BYTES = pytest.param(sm100, torch.uint8, marks=BLOCK_SCALING, id="sm100")
 U8, F32, BF16 = torch.uint8, torch.float32, torch.bfloat16
 GRAN = (128, 128)
 
@@ -62,10 +69,7 @@ def test_scale_and_output_dtypes(device, M, a_dtype, w_dtype, out_dtype):
 @pytest.mark.parametrize(
     "gran", [(64, 128), (16, 64), (32, 32), (128, 64), (1, 128), (7, 32), (96, 128)]
 )
-@pytest.mark.parametrize(
-    ("module", "a_dtype"), [(portable, U8), (portable, F32), (sm100, U8)],
-    ids=["portable", "portable-fp32", "sm100"],
-)  # fmt: skip
+@pytest.mark.parametrize(("module", "a_dtype"), [(portable, U8), (portable, F32), SM100_BYTES])
 def test_scale_grids(device, gran, module, a_dtype):
     check(*operands(17, 100, 160, device, a_dtype, U8, gran), gran, module=module)
 
@@ -113,11 +117,12 @@ def test_codes_as_bytes(device, monkeypatch, M, quantized):
     assert out[:, 5].isnan().all() and not out[:, :5].isnan().any()
 
 
-def test_all_positive(device):
+@KERNELS
+def test_all_positive(module, device):
     """Hopper's fp8 accumulator truncates: summed over all of K it would shrink this by percents."""
     a, a_s, w, sf = operands(65, 128, 2048, device)
     a, w = a.float().abs().to(E4M3), w.float().abs().to(E4M3)
-    check(a, a_s, w, sf)
+    check(a, a_s, w, sf, module=module)
 
 
 @pytest.mark.parametrize(("a_dtype", "w_dtype"), [(U8, U8), (F32, F32)])
@@ -196,6 +201,7 @@ def test_two_bytes_combine_exactly(device, gran_n, a_code, w_code):
 EDGES = [*range(5), 10, 50, 104, *range(125, 130), 190, *range(243, 248), 253, 254, 255]
 
 
+@BLOCK_SCALING
 @pytest.mark.parametrize("gran_n", [1, 128])
 @pytest.mark.parametrize(("a_code", "w_code"), [(0x38, 0x38), (0x7E, 0x7E), (0x01, 0x01)])
 def test_block_scaled_bytes_combine_exactly(device, gran_n, a_code, w_code):
@@ -224,7 +230,7 @@ def test_zero_codes_give_zero_under_any_scale(device, gran_n):
     assert np.isnan(out[255]).all()
 
 
-@pytest.mark.parametrize(("module", "a_dtype"), [(portable, U8), (portable, F32), (sm100, U8)])
+@pytest.mark.parametrize(("module", "a_dtype"), [(portable, U8), (portable, F32), SM100_BYTES])
 @pytest.mark.parametrize("M", [17, 65])
 def test_nan_stays_in_its_row(module, device, M, a_dtype):
     a, a_s, w, sf = operands(M, 192, 300, device, a_dtype)

@@ -4,7 +4,7 @@ import golden
 import numpy as np
 import pytest
 import torch
-from checks import assert_product, random_codes, random_scale, same_bits
+from checks import BLOCK_SCALING, assert_product, random_codes, random_scale, same_bits
 
 from vllm_ue8m0 import portable
 from vllm_ue8m0.kernels import gemm, grouped_gemm
@@ -12,7 +12,8 @@ from vllm_ue8m0.kernels import gemm, grouped_gemm
 U8, F32, BF16 = torch.uint8, torch.float32, torch.bfloat16
 GRAN = (128, 128)
 E = 5
-SCALED = pytest.mark.parametrize("scaled", [False, True], ids=["promoted", "block_scaled"])
+BY_TENSOR_CORES = pytest.param(True, marks=BLOCK_SCALING, id="block_scaled")
+SCALED = pytest.mark.parametrize("scaled", [pytest.param(False, id="promoted"), BY_TENSOR_CORES])
 
 
 def routings(M: int, topk: int) -> dict[str, torch.Tensor]:
@@ -108,7 +109,12 @@ def test_routings(device, M, topk, kind, gather, scaled):
 @pytest.mark.parametrize("gather", [True, False], ids=["gate_up", "down"])
 @pytest.mark.parametrize(
     ("a_dtype", "w_dtype", "scaled"),
-    [(U8, F32, False), (F32, U8, False), (F32, F32, False), (U8, U8, True)],
+    [
+        (U8, F32, False),
+        (F32, U8, False),
+        (F32, F32, False),
+        pytest.param(U8, U8, True, marks=BLOCK_SCALING),
+    ],
 )
 @pytest.mark.parametrize("gran", [GRAN, (16, 64)])
 def test_scales_and_row_factors(device, gran, a_dtype, w_dtype, scaled, gather):

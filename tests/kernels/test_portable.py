@@ -8,6 +8,7 @@ from checks import (
     E4M3,
     NoSynchronization,
     assert_product,
+    backends,
     calc_diff,
     expert_operands,
     random_codes,
@@ -21,14 +22,9 @@ from vllm_ue8m0.kernels import grouped_gemm
 U8, F32, BF16 = torch.uint8, torch.float32, torch.bfloat16
 GRAN = (128, 128)
 ACTIVATIONS = ["ue8m0", "fp32", "none"]
-BACKENDS = pytest.mark.parametrize(
-    "module", [reference, portable, sm100], ids=["reference", "portable", "sm100"]
-)
-# sm100 hands the other activations to portable.
+BACKENDS = pytest.mark.parametrize("module", backends(reference, portable, sm100))
 KERNELS = pytest.mark.parametrize(
-    ("module", "activation_scale"),
-    [*((portable, scale) for scale in ACTIVATIONS), (sm100, "ue8m0")],
-    ids=[*ACTIVATIONS, "sm100"],
+    ("module", "activation_scale"), backends(portable, sm100, activations=ACTIVATIONS)
 )
 
 
