@@ -236,27 +236,21 @@ def compile_block_scaled(build_gemm, dense, routed) -> None:
 
     from vllm_ue8m0.kernels import batched_gemm, gemm, grouped_gemm
 
+    grouped = grouped_gemm._grouped_gemm_kernel
     kernels = {
         "gemm": (gemm._gemm_kernel, {}, dense),
-        "grouped_gemm": (
-            grouped_gemm._grouped_gemm_kernel, routed, {"HAS_WEIGHTS": True, "GATHER": False}
-        ),
-        "grouped_gemm gathered": (
-            grouped_gemm._grouped_gemm_kernel, routed,
-            {"HAS_WEIGHTS": False, "GATHER": True},
-        ),
+        "grouped_gemm": (grouped, routed, {"HAS_WEIGHTS": True, "GATHER": False}),
+        "grouped_gemm gathered": (grouped, routed, {"HAS_WEIGHTS": False, "GATHER": True}),
         "batched_gemm": (batched_gemm._batched_gemm_kernel, {"counts": I32}, {"EXPERTS": 32}),
-    }  # fmt: skip
-    dtype = torch.float8_e4m3fn
-    for rows in (16, 32, 64, 1024):
-        for name, (kernel, pointers, constants) in kernels.items():
-            arguments = f"scaled {name} {rows}", rows, dtype, kernel, dict(pointers)
-            build_gemm(*arguments, dict(constants), scaled=True)
-    kernel, pointers, constants = kernels["gemm"]
-    for gran in ((32, 32), (48, 64)):
-        for rows in (16, 1024):
-            arguments = f"scaled gemm {rows} {gran}", rows, dtype, kernel, dict(pointers)
-            build_gemm(*arguments, dict(constants), scaled=True, gran=gran)
+    }
+    whole = (128, 128)
+    cases = [(name, rows, whole) for rows in (16, 32, 64, 1024) for name in kernels]
+    cases += [("gemm", rows, gran) for gran in ((32, 32), (48, 64)) for rows in (16, 1024)]
+    for name, rows, gran in cases:
+        kernel, pointers, constants = kernels[name]
+        title = f"scaled {name} {rows}" + ("" if gran == whole else f" {gran}")
+        e4m3, pointers, constants = torch.float8_e4m3fn, dict(pointers), dict(constants)
+        build_gemm(title, rows, e4m3, kernel, pointers, constants, scaled=True, gran=gran)
 
 
 def compile_routing(build) -> None:

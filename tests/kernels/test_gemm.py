@@ -9,6 +9,7 @@ from checks import (
     E4M3,
     assert_product,
     backends,
+    integers,
     random_codes,
     random_scale,
     same_bits,
@@ -137,20 +138,6 @@ def test_zero_groups_and_extreme_codes(module, device):
     a.view(U8)[0, 256:], w.view(U8)[0, 256:] = 0x7E, 0xFE  # 448 and -448
     a.view(U8)[1, 256:], w.view(U8)[1, 256:] = 0x01, 0x01  # the smallest subnormal
     check(a, a_s, w, sf, module=module)
-
-
-def integers(M, N, K, device, gran=GRAN, a_dtype=U8, w_dtype=U8):
-    """Small integers and scales 2^k: every partial sum is exact in any order."""
-    a = torch.randint(-2, 3, (M, K), device=device).float().to(E4M3)
-    w = torch.randint(-2, 3, (N, K), device=device).float().to(E4M3)
-    groups = -(-K // gran[1])
-    a_s = torch.randint(125, 130, (M, groups), device=device).to(U8)
-    sf = torch.randint(125, 130, (-(-N // gran[0]), groups), device=device).to(U8)
-    if a_dtype == F32:
-        a_s = torch.ldexp(torch.ones(a_s.shape, device=device), a_s.int() - 127)
-    if w_dtype == F32:
-        sf = torch.ldexp(torch.ones(sf.shape, device=device), sf.int() - 127)
-    return a, a_s, w, sf
 
 
 @BACKENDS

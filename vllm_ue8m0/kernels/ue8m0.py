@@ -158,16 +158,11 @@ def dot(a, w):
 
 
 @triton.jit
-def _scales(scale, codes, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """Bytes [ROWS] or one byte -> [ROWS, GROUPS], one for every 32 codes [ROWS, 32 GROUPS]."""
+def _for_groups(scale, ROWS: tl.constexpr, K: tl.constexpr):
+    """Bytes [ROWS] or one byte -> [ROWS, K / 32]: the tensor cores have one for every 32 codes."""
     if scale.type.is_block():
         scale = scale[:, None]
-    scale = tl.broadcast_to(scale, (ROWS, GROUPS))
-    if INTERPRET:  # which reads e4m3's NaN as 480
-        nan = (codes.to(tl.uint8, bitcast=True) & 0x7F) == E4M3_NAN
-        some = tl.max(nan.to(tl.int32), 1)[:, None] > 0
-        scale = tl.where(some, SF_NAN, scale).to(tl.uint8)
-    return scale
+    return tl.broadcast_to(scale, (ROWS, K // 32))
 
 
 @triton.jit
@@ -175,11 +170,10 @@ def dot_scaled(x, x_scale, y, y_scale, acc):
     """acc + x [R, K] * 2^(x_scale - 127) times y [K, C] * 2^(y_scale - 127), float32 [R, C].
 
     e4m3 codes of one scale group along K, a multiple of 32; scale bytes [R] and [C], or one byte.
-    On sm_100 with 128 rows x this is one kind of instruction, which scales and adds to acc.
+    On sm_100, for 128 rows of x, this is one kind of instruction, which scales and adds to acc.
     """
-    GROUPS: tl.constexpr = x.shape[1] // 32
-    x_scale = _scales(x_scale, x, x.shape[0], GROUPS)
-    y_scale = _scales(y_scale, tl.trans(y), y.shape[1], GROUPS)
+    x_scale = _for_groups(x_scale, x.shape[0], x.shape[1])
+    y_scale = _for_groups(y_scale, y.shape[1], y.shape[0])
     return tl.dot_scaled(x, x_scale, "e4m3", y, y_scale, "e4m3", acc)
 
 
