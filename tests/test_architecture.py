@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "triton": {"portable/*", "kernels/*"},
     # Backends are loaded by name.
     "vllm_ue8m0.sm90": {"sm90/*"},
+    "vllm_ue8m0.sm100": {"sm100/*"},
     "vllm_ue8m0.plugin": {"plugin/*"},
     "vllm_ue8m0.cli": set(),
     "vllm_ue8m0.bench": {"bench/*", "cli.py", "cli_bench.py"},

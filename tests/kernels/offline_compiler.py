@@ -58,6 +58,8 @@ def compile_and_print(name, source, gpu, options):
     spilled = re.search(r"STACK:(\d+)", usage).group(1)
     registers = re.search(r"REG:(\d+)", usage).group(1)
     text = f"{spilled} bytes spilled, {registers} registers, {compiled.metadata.shared} shared"
+    if tensor_memory := getattr(compiled.metadata, "tmem_size", None):
+        text += f", {tensor_memory} tensor columns"
     text = f"{name}: {source.fn.__name__}, {text}, {' '.join(sorted(used))}"
     print(text.rstrip(", "), flush=True)
 

@@ -97,6 +97,20 @@ def test_products_compile(capability):
         assert kinds == [OF_FOUR_WARPS.get(capability, "mma.sync")]
 
 
+def test_block_scaled_products():
+    """The tensor cores scale for every tile, and two programs fit into an SM's memories."""
+    lines = report(__file__, 100)
+    scaled = {name: line for name, line in lines.items() if "scaled" in name}
+    assert len(scaled) == 4 * 4 + 4
+    for name, line in scaled.items():
+        instructions = [word for word in line.split() if "mma" in word]
+        assert len(instructions) == 1, f"{name}: {line}"
+        assert instructions[0].startswith("tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale")
+        assert number(line, "bytes spilled") == 0, f"{name}: {line}"
+        assert number(line, "shared") <= SHARED_KIB[100] // 2 * 1024, f"{name}: {line}"
+        assert number(line, "tensor columns") <= 512 // 2, f"{name}: {line}"
+
+
 class Compiler:
     """Compiles one kernel at a time and prints what became of it."""
 
@@ -181,9 +195,8 @@ def compile_products(build, capability: int) -> None:
 
     codes = CODES if capability >= 89 else BYTES
 
-    def build_gemm(name, rows, dtype, kernel, pointers, constants):
-        gran = (128, 128)
-        config = gemm.tile_config(rows, dtype, gran)
+    def build_gemm(name, rows, dtype, kernel, pointers, constants, scaled=False, gran=(128, 128)):
+        config = gemm.tile_config(rows, dtype, gran, scaled)
         options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
         a = codes if dtype == torch.float8_e4m3fn else BF16
         pointers = {"a": a, "w": codes, "sf": BYTES, "out": BF16, **pointers}
@@ -191,7 +204,7 @@ def compile_products(build, capability: int) -> None:
             pointers["a_s"] = BYTES
         else:
             constants["a_s"] = None
-        flags = {"HAS_C": False, "c": None, "EVEN_K": True, "QUANTIZED": a == codes}
+        flags = {"HAS_C": False, "c": None, "EVEN_K": gran[1] == 128, "QUANTIZED": a == codes}
         grans = {"GRAN_N": gran[0], "GRAN_K": gran[1]}
         build(name, kernel, pointers, {**constants, **flags, **grans, **config}, **options)
 
@@ -210,9 +223,34 @@ def compile_products(build, capability: int) -> None:
     for rows in (16, 64):
         constants = {"EXPERTS": 32}
         build_gemm(f"batched_gemm {rows}", rows, dtype, kernel, {"counts": I32}, constants)
+    if capability == 100:
+        compile_block_scaled(build_gemm, dense, routed)
     pointers = {"slots": BF16, "topk_ids": I64, "out": BF16}
     constants = {"TOPK": 8, "BLOCK_N": 1024, "PDL": capability >= 90}
     build("combine", grouped_gemm._combine_kernel, pointers, constants)
+
+
+def compile_block_scaled(build_gemm, dense, routed) -> None:
+    """Products of backend sm100: a number of rows for every tile, and scale grids of cut blocks."""
+    import torch
+
+    from vllm_ue8m0.kernels import batched_gemm, gemm, grouped_gemm
+
+    grouped = grouped_gemm._grouped_gemm_kernel
+    kernels = {
+        "gemm": (gemm._gemm_kernel, {}, dense),
+        "grouped_gemm": (grouped, routed, {"HAS_WEIGHTS": True, "GATHER": False}),
+        "grouped_gemm gathered": (grouped, routed, {"HAS_WEIGHTS": False, "GATHER": True}),
+        "batched_gemm": (batched_gemm._batched_gemm_kernel, {"counts": I32}, {"EXPERTS": 32}),
+    }
+    whole = (128, 128)
+    cases = [(name, rows, whole) for rows in (16, 32, 64, 1024) for name in kernels]
+    cases += [("gemm", rows, gran) for gran in ((32, 32), (48, 64)) for rows in (16, 1024)]
+    for name, rows, gran in cases:
+        kernel, pointers, constants = kernels[name]
+        title = f"scaled {name} {rows}" + ("" if gran == whole else f" {gran}")
+        e4m3, pointers, constants = torch.float8_e4m3fn, dict(pointers), dict(constants)
+        build_gemm(title, rows, e4m3, kernel, pointers, constants, scaled=True, gran=gran)
 
 
 def compile_routing(build) -> None:

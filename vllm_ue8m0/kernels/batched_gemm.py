@@ -24,7 +24,7 @@ def _batched_gemm_kernel(
     E, M, N, K, stride_ae, stride_am, stride_asm, stride_we, stride_wn, stride_se, stride_sn,
     stride_ce,
     GRAN_N: tl.constexpr, GRAN_K: tl.constexpr, HAS_C: tl.constexpr, QUANTIZED: tl.constexpr,
-    EVEN_K: tl.constexpr, EXPERTS: tl.constexpr,
+    EVEN_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Programs that run together share rows of a; an expert's w stays in L2 for its next tile.
@@ -44,7 +44,7 @@ def _batched_gemm_kernel(
         acc = multiply(
             a + expert * stride_ae, scales, w + expert * stride_we, sf + expert * stride_se,
             source, first_column, N, K, stride_am, stride_asm, stride_wn, stride_sn,
-            BLOCK_M, BLOCK_N, BLOCK_K, GRAN_N, GRAN_K, EVEN_K, QUANTIZED,
+            BLOCK_M, BLOCK_N, BLOCK_K, GRAN_N, GRAN_K, EVEN_K, QUANTIZED, BLOCK_SCALED,
         )  # fmt: skip
         if HAS_C:
             factor = tl.load(c + expert * stride_ce + columns // GRAN_N, mask=inside, other=0.0)

@@ -31,6 +31,7 @@ def _grouped_gemm_kernel(
     num_experts, topk,
     GRAN_N: tl.constexpr, GRAN_K: tl.constexpr, HAS_C: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     GATHER: tl.constexpr, QUANTIZED: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     expert = tl.load(tile_expert + tl.program_id(0)).to(tl.int64)
@@ -50,7 +51,7 @@ def _grouped_gemm_kernel(
     acc = multiply(
         a, a_s, w + expert * stride_we, sf + expert * stride_se, source, first_column, N, K,
         stride_am, stride_asm, stride_wn, stride_sn,
-        BLOCK_M, BLOCK_N, BLOCK_K, GRAN_N, GRAN_K, EVEN_K, QUANTIZED,
+        BLOCK_M, BLOCK_N, BLOCK_K, GRAN_N, GRAN_K, EVEN_K, QUANTIZED, BLOCK_SCALED,
     )  # fmt: skip
     columns = first_column + tl.arange(0, BLOCK_N)
     inside = columns < N

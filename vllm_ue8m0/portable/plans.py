@@ -19,14 +19,16 @@ E4M3 = torch.float8_e4m3fn
 
 
 def linear_plan(
-    x: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, gran: Sequence[int], activation_scale: str
-) -> Callable[[int], Hashable]:
+    x: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, gran: Sequence[int], activation_scale: str,
+    *, block_scaled: bool = False,
+) -> Callable[[int], Hashable]:  # fmt: skip
     """Of `linear`, for rows like those of x."""
     quantized = activation_scale != "none"
     dtype, groups = E4M3 if quantized else x.dtype, ceil_div(w.shape[1], gran[1])
 
     def plan(M: int) -> Hashable:
-        return _tile(M, dtype, gran), act_quant_config(M, groups, False) if quantized else None
+        act = act_quant_config(M, groups, False) if quantized else None
+        return _tile(M, dtype, gran, block_scaled), act
 
     return plan
 
@@ -34,6 +36,7 @@ def linear_plan(
 def experts_plan(
     x: torch.Tensor, w13: torch.Tensor, sf13: torch.Tensor, w2: torch.Tensor, sf2: torch.Tensor,
     gran13: Sequence[int], gran2: Sequence[int], activation_scale: str, topk: int, num_global: int,
+    *, block_scaled: bool = False,
 ) -> Callable[[int], Hashable]:  # fmt: skip
     """Of `experts`."""
     quantized, E = activation_scale != "none", w13.shape[0]
@@ -45,10 +48,12 @@ def experts_plan(
         rows = ceil_div(M * topk, E)
         act = act_quant_config(M, groups13, False) if quantized else None
         silu = silu_mul_quant_config(M * topk, groups2)
-        return _tile(rows, dtype, gran13), _tile(rows, dtype, gran2), act, silu
+        tiles = [_tile(rows, dtype, gran, block_scaled) for gran in (gran13, gran2)]
+        return *tiles, act, silu
 
     return plan
 
 
-def _tile(rows: int, dtype: torch.dtype, gran: Sequence[int]) -> Hashable:
-    return tuple(gemm_kernel.tile_config(rows, dtype, (gran[0], gran[1])).values())
+def _tile(rows: int, dtype: torch.dtype, gran: Sequence[int], block_scaled: bool) -> Hashable:
+    config = gemm_kernel.tile_config(rows, dtype, (gran[0], gran[1]), block_scaled)
+    return tuple(config.values())
