@@ -46,7 +46,9 @@ def compile_and_print(name, source, gpu, options):
     """Prints "name: kernel, BYTES bytes spilled, ..., instructions of interest"."""
     import triton
 
-    compiled = triton.compile(source, target=gpu, options=options)
+    from vllm_ue8m0.kernels.config import FMA
+
+    compiled = triton.compile(source, target=gpu, options={**FMA, **options})
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

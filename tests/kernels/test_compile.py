@@ -90,7 +90,7 @@ def test_products_compile(capability):
     for rows in (16, 1024):
         few = capability in OF_FOUR_WARPS and rows == 16
         assert (FP16_DOT if few else DOTS[capability]) in lines[f"gemm {rows}"]
-    assert "gemm bf16" in lines
+    assert "gemm bf16 64" in lines and "gemm bf16 1024" in lines
     # Batch-invariant runs choose among these, by the rows: one kind of instruction.
     for name in ("batched_gemm 64", "grouped_gemm 64", "grouped_gemm 300", "grouped_gemm 1000"):
         kinds = [kind for kind in ("wgmma", "tcgen05.mma", "mma.sync") if kind in lines[name]]
@@ -196,7 +196,7 @@ def compile_products(build, capability: int) -> None:
     codes = CODES if capability >= 89 else BYTES
 
     def build_gemm(name, rows, dtype, kernel, pointers, constants, scaled=False, gran=(128, 128)):
-        config = gemm.tile_config(rows, dtype, gran, scaled)
+        config = gemm.tile_config(rows, dtype, gran, scaled, capability // 10 not in (9, 10))
         options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
         a = codes if dtype == torch.float8_e4m3fn else BF16
         pointers = {"a": a, "w": codes, "sf": BYTES, "out": BF16, **pointers}
@@ -212,7 +212,8 @@ def compile_products(build, capability: int) -> None:
     for rows in (16, 1024):
         dtype = torch.float8_e4m3fn
         build_gemm(f"gemm {rows}", rows, dtype, gemm._gemm_kernel, {}, dict(dense))
-    build_gemm("gemm bf16", 64, torch.bfloat16, gemm._gemm_kernel, {}, dict(dense))
+    for rows in (64, 1024):
+        build_gemm(f"gemm bf16 {rows}", rows, torch.bfloat16, gemm._gemm_kernel, {}, dict(dense))
     routed = {"order": I64, "tile_expert": I64, "tile_start": I64, "ends": I64}
     routed["slot_weights"] = F32
     kernel, dtype = grouped_gemm._grouped_gemm_kernel, torch.float8_e4m3fn
@@ -223,7 +224,7 @@ def compile_products(build, capability: int) -> None:
     for rows in (16, 64):
         constants = {"EXPERTS": 32}
         build_gemm(f"batched_gemm {rows}", rows, dtype, kernel, {"counts": I32}, constants)
-    if capability == 100:
+    if capability // 10 == 10:
         compile_block_scaled(build_gemm, dense, routed)
     pointers = {"slots": BF16, "topk_ids": I64, "out": BF16}
     constants = {"TOPK": 8, "BLOCK_N": 1024, "PDL": capability >= 90}

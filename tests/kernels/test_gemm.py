@@ -247,6 +247,8 @@ def test_batch_invariant_tiles(monkeypatch):
     for dtype in (E4M3, BF16, torch.float16):
         for M in (1, 17, 40, 64, 300, 5000):
             assert tile_config(M, dtype, GRAN)["BLOCK_M"] >= 64
+            of_one_warp = [tile_config(rows, dtype, GRAN, one_warp=True) for rows in (1, M)]
+            assert len({config["BLOCK_K"] for config in of_one_warp}) == 1  # added up at once
     # Not known of sm_100: there all rows have one tile.
     assert tile_config(1, E4M3, GRAN, True) == tile_config(5000, E4M3, GRAN, True)
 

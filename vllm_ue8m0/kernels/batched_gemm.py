@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import kernel_codes, masked_programs
+from .config import FMA, kernel_codes, masked_programs
 from .gemm import multiply
 from .tile import find_tile, used_tiles
 from .ue8m0 import round_to
@@ -68,5 +68,5 @@ def launch(
         0 if a_s is None else a_s.shape[2],
         w.stride(0), w.stride(1), sf.stride(0), sf.stride(1), 0 if c is None else c.stride(0),
         GRAN_N=gran[0], GRAN_K=gran[1], HAS_C=c is not None, QUANTIZED=a_s is not None,
-        EVEN_K=K % config["BLOCK_K"] == 0, EXPERTS=triton.next_power_of_2(E), **config,
+        EVEN_K=K % config["BLOCK_K"] == 0, EXPERTS=triton.next_power_of_2(E), **config, **FMA,
     )  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import batch_invariant, kernel_codes
+from .config import FMA, batch_invariant, kernel_codes, one_warp_products
 from .ue8m0 import decode, dot, dot_scaled, round_to, split, to_float
 
 
@@ -124,9 +124,13 @@ def _gemm_kernel(
 
 
 def tile_config(
-    rows: int, dtype: torch.dtype, gran: tuple[int, int], block_scaled: bool = False
-) -> dict[str, int]:
-    """Tile sizes, warps and stages for about `rows` rows of a in `dtype`."""
+    rows: int, dtype: torch.dtype, gran: tuple[int, int], block_scaled: bool = False,
+    one_warp: bool = False,
+) -> dict[str, int]:  # fmt: skip
+    """Tile sizes, warps and stages for about `rows` rows of a in `dtype`.
+
+    one_warp: whether the GPU's instructions multiply for one warp (config.one_warp_products).
+    """
     if block_scaled:
         return _scaled_config(rows, gran)
     # Fastest of a few on an H100 with Triton 3.6, 2026-11, for M = 1, 32, 64, 256, 4096 and
@@ -147,6 +151,15 @@ def tile_config(
         m, n, k, warps, stages = 64, 128, 128, 4, 4
     else:
         m, n, k, warps, stages = 128, 128, 128, 8, 3
+    if one_warp and n == 128:
+        # Operands come by way of registers: compiled for sm_80, sm_89 and sm_120, the tiles above
+        # spill 8 to 688 bytes, these 0 to 72, those of 72 for sm_80 by Triton 3.6. Not measured.
+        # Batch-invariant sums take 128 of K at once for any number of rows.
+        warps, stages = 8, 4
+        if m == 128 and batch_invariant():
+            m = 64
+        elif m == 128:
+            k, stages = 64, 5 if dtype.itemsize == 1 else 3
     if dtype.itemsize == 2:
         k = 64
     # A tile inside one scale row is cheaper than a narrower one, down to the narrowest dot.
@@ -188,7 +201,7 @@ def launch(
     block_scaled: bool = False,
 ) -> None:  # fmt: skip
     (M, K), N = a.shape, w.shape[0]
-    config = tile_config(M, a.dtype, gran, block_scaled)
+    config = tile_config(M, a.dtype, gran, block_scaled, one_warp_products(a.device))
     grid = (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)
     # The row stride of a single row is arbitrary and must not select another compilation.
     _gemm_kernel[grid](
@@ -196,5 +209,5 @@ def launch(
         a.stride(0) if M > 1 else K, 0 if a_s is None else a_s.shape[1], w.stride(0), sf.stride(0),
         out.stride(0),
         GRAN_N=gran[0], GRAN_K=gran[1], HAS_C=c is not None, HAS_BIAS=bias is not None,
-        QUANTIZED=a_s is not None, EVEN_K=K % config["BLOCK_K"] == 0, GROUP_M=8, **config,
+        QUANTIZED=a_s is not None, EVEN_K=K % config["BLOCK_K"] == 0, GROUP_M=8, **config, **FMA,
     )  # fmt: skip

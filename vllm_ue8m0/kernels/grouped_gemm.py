@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import dependent_launch, kernel_codes
+from .config import FMA, dependent_launch, kernel_codes
 from .gemm import multiply
 from .tile import wait_for_inputs
 from .ue8m0 import round_to, to_float
@@ -101,7 +101,7 @@ def launch(
         E, topk,
         GRAN_N=gran[0], GRAN_K=gran[1], HAS_C=c is not None,
         HAS_WEIGHTS=slot_weights is not None, GATHER=gather, QUANTIZED=a_s is not None,
-        EVEN_K=K % config["BLOCK_K"] == 0, **config,
+        EVEN_K=K % config["BLOCK_K"] == 0, **config, **FMA,
     )  # fmt: skip
 
 

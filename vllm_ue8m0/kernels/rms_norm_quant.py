@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import dependent_launch
+from .config import FMA, dependent_launch
 from .tile import store_tile, wait_for_inputs
 from .ue8m0 import round_to, to_float
 
@@ -76,5 +76,5 @@ def launch(
         FLOOR=floor, GROUP=group,
         GROUPS=max(triton.next_power_of_2(groups), 4 if s.dtype == torch.int32 else 1),
         MN_MAJOR=mn_major, PACKED=s.dtype == torch.int32, HAS_RESIDUAL=residual is not None,
-        HAS_NORMED=normed is not None, num_warps=num_warps, **dependent_launch(x.device),
+        HAS_NORMED=normed is not None, num_warps=num_warps, **dependent_launch(x.device), **FMA,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from ..formats import BLOCK
 from ..kernels import batched_gemm as batched_gemm_kernel
 from ..kernels import gemm as gemm_kernel
 from ..kernels import grouped_gemm as grouped_gemm_kernel
+from ..kernels.config import one_warp_products
 from ..layouts import ceil_div, local_experts
 from .quant import act_quant, kernel_scale, silu_mul, silu_mul_quant, unit_stride
 
@@ -62,7 +63,10 @@ def linear(
 
 def describe(op: str, M: int, N: int, K: int, *, block_scaled: bool = False) -> str:
     """How the product of quantized [M, K] and [N, K] is launched, in "gemm" or "linear"."""
-    config = gemm_kernel.tile_config(M, torch.float8_e4m3fn, (BLOCK, BLOCK), block_scaled)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = gemm_kernel.tile_config(
+        M, torch.float8_e4m3fn, (BLOCK, BLOCK), block_scaled, one_warp_products(device)
+    )
     tile = " x ".join(str(config[f"BLOCK_{size}"]) for size in "MNK")
     return f"portable {op}, tile {tile}, {config['num_warps']} warps"
 
@@ -100,8 +104,9 @@ def experts(
 
     # Both products use one routing, so one tile height: that of the average expert's rows.
     rows = ceil_div(slots, E)
-    config13 = gemm_kernel.tile_config(rows, a.dtype, _pair(gran13), block_scaled)
-    config2 = gemm_kernel.tile_config(rows, a.dtype, _pair(gran2), block_scaled)
+    cores = block_scaled, one_warp_products(x.device)
+    config13 = gemm_kernel.tile_config(rows, a.dtype, _pair(gran13), *cores)
+    config2 = gemm_kernel.tile_config(rows, a.dtype, _pair(gran2), *cores)
     order, tiles = _route(topk_ids, E, config13["BLOCK_M"])
 
     gate_up = torch.empty(slots, w13.shape[1], dtype=x.dtype, device=x.device)
@@ -143,6 +148,7 @@ def batched_experts(
     if out.numel() == 0:
         return out
     counts, rows = counts.contiguous(), min(T, BATCHED_ROWS)
+    cores = block_scaled, one_warp_products(x.device)
     a, a_s = _quantize(x, gran13[1], activation_scale, counts)
     if N <= H:  # out is written when gate_up has been read, so this largest buffer may lie there
         gate_up = out.view(-1)[: E * T * N].view(E, T, N)
@@ -150,13 +156,13 @@ def batched_experts(
         gate_up = torch.empty(E, T, N, dtype=x.dtype, device=x.device)
     batched_gemm_kernel.launch(
         a, a_s, unit_stride(w13), unit_stride(kernel_scale(sf13)), c13, _pair(gran13), counts,
-        gemm_kernel.tile_config(rows, a.dtype, _pair(gran13), block_scaled), gate_up,
+        gemm_kernel.tile_config(rows, a.dtype, _pair(gran13), *cores), gate_up,
     )  # fmt: skip
     del a, a_s  # hidden may take their memory
     hidden, hidden_s = _silu_mul(gate_up, gran2[1], activation_scale, counts)
     batched_gemm_kernel.launch(
         hidden, hidden_s, unit_stride(w2), unit_stride(kernel_scale(sf2)), c2, _pair(gran2), counts,
-        gemm_kernel.tile_config(rows, hidden.dtype, _pair(gran2), block_scaled), out,
+        gemm_kernel.tile_config(rows, hidden.dtype, _pair(gran2), *cores), out,
     )  # fmt: skip
     return out
 
