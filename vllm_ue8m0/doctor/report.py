@@ -143,10 +143,14 @@ def _model(model: Model) -> list[str]:
     if model.served:
         served = ", ".join(f"{count} {name}" for name, count in model.served.items())
         lines.append(f"tensors: {served}; activation scales {model.activation_scale or '-'}")
-    if model.linears:
-        linears = ", ".join(f"{count} on {name}" for name, count in model.linears.items())
-        lines.append(f"linear weights of one rank: {linears}")
-    lines += [f"not for {count}: {reason}" for reason, count in model.refused.items()]
+    for what, taken, refused in (
+        ("linear weights", model.linears, model.refused),
+        ("layers of experts", model.experts, model.experts_refused),
+    ):
+        if taken:
+            counts = ", ".join(f"{count} on {name}" for name, count in taken.items())
+            lines.append(f"{what} of one rank: {counts}")
+        lines += [f"not for {count}: {reason}" for reason, count in refused.items()]
     return lines
 
 
