@@ -114,6 +114,34 @@ def test_cases_are_the_same_every_time():
         assert torch.equal(one.arguments[0].float(), other.arguments[0].float())
 
 
+def test_cases_reach_the_kernels_of_sm_90():
+    """They are not handed over to portable, and few and many rows are other kernels."""
+    pytest.importorskip("triton")
+    from vllm_ue8m0 import sm90
+    from vllm_ue8m0.kernels.expert_config import experts_config
+    from vllm_ue8m0.kernels.hopper_config import MAX_DECODE_ROWS
+
+    rows = {}
+    for operator in ("gemm", "linear"):
+        for case in cases(operator):
+            a, *_, gran, last = case.arguments
+            w, sf = case.arguments[2:4] if operator == "gemm" else case.arguments[1:3]
+            if gran == (128, 128) and last != "none":
+                assert sm90.refusal(a, w, sf, gran) is None, case.text
+                rows.setdefault(operator, set()).add(len(a) <= MAX_DECODE_ROWS)
+    assert rows == {"gemm": {True, False}, "linear": {True, False}}
+    regimes = set()
+    for case in cases("experts"):
+        x, w13, sf13, _, w2, sf2, _, _, ids, gran13, gran2, kind, _ = case.arguments
+        if kind == "none":
+            continue
+        assert sm90.experts_refusal(x, w13, sf13, w2, sf2, gran13, gran2, kind) is None, case.text
+        (M, topk), (E, N, H) = ids.shape, w13.shape
+        config = experts_config(M, topk, E, E, H, N // 2, 1, False, 132)
+        regimes.add("one token" if config.one_token else "few" if config.gated else "many")
+    assert regimes == {"one token", "few", "many"}
+
+
 def test_what_is_checked():
     """The chosen backend, and what it hands over to; not plain torch, and no refused kernel."""
     assert to_check(HOPPER.kernels) == [
