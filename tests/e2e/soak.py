@@ -38,6 +38,7 @@ PART = 3  # after one part of so many, what a server keeps is its own
 CLIENTS = 6
 GROWTH_MIB = 256
 REQUEST_SECONDS = 900
+SHOWN = 10  # lines of the log
 LOG_ERROR = re.compile(r"\bERROR\b|\bCRITICAL\b|Traceback \(most recent call last\)")
 
 
@@ -191,7 +192,10 @@ def main(arguments: list[str]) -> int:
                     options.clients, options.seed, options.growth_mib,
                 )
             )  # fmt: skip
-            report.failures.extend(f"log: {line}" for line in log_errors(log.read_text()))
+            errors = log_errors(log.read_text(errors="replace"))
+            report.failures.extend(f"log: {line}" for line in errors[:SHOWN])
+            if len(errors) > SHOWN:
+                report.failures.append(f"log: {len(errors) - SHOWN} more such lines; see --log")
     print(report.text())
     print(json.dumps(report.to_json()))
     return 1 if report.failures else 0
