@@ -133,6 +133,6 @@ def test_environment_variables_are_all_there():
     # What `bench e2e` sets for the vLLM that it starts, and vLLM's routing of a benchmark.
     elsewhere |= {
         "VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_CACHE_ROOT", "VLLM_NO_USAGE_STATS",
-        "VLLM_MOE_ROUTING_SIMULATION_STRATEGY",
+        "VLLM_MOE_ROUTING_SIMULATION_STRATEGY", "VLLM_SERVER_DEV_MODE",
     }  # fmt: skip
     assert set(table("environment variable")) == read - elsewhere
