@@ -80,19 +80,22 @@ def begin_load(layer: Any, param: Any, where: str) -> None:
 
 
 def weight_loader(load: Callable[..., Any], layer: Any, where: str) -> Callable[..., Any]:
-    """vLLM's loader, which would turn bf16 weights into FP8 codes by value without a word."""
+    """vLLM's loader, which would turn bf16 weights into FP8 codes by value without a word.
+
+    Arguments have its names: some models give them by keyword.
+    """
 
     @functools.wraps(load)
-    def checked(param: Any, loaded: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def checked(param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         begin_load(layer, param, where)
-        if loaded.dtype != E4M3:
+        if loaded_weight.dtype != E4M3:
             raise ValueError(
-                f"{where}: the checkpoint's weight is {loaded.dtype}, expected {E4M3}. If the "
-                "layer is not quantized, name it in quantization_config's "
+                f"{where}: the checkpoint's weight is {loaded_weight.dtype}, expected {E4M3}. If "
+                "the layer is not quantized, name it in quantization_config's "
                 "'modules_to_not_convert'; otherwise convert the checkpoint with "
                 "`vllm-ue8m0 convert SRC DST --to ue8m0`."
             )
-        return load(param, loaded, *args, **kwargs)
+        return load(param, loaded_weight, *args, **kwargs)
 
     return checked
 
@@ -111,16 +114,16 @@ def scale_loader(
     """
 
     @functools.wraps(load)
-    def decoded(param: Any, loaded: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def decoded(param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         begin_load(layer, param, where)
-        scale = decode_loaded_scale(loaded, gran, (BLOCK, BLOCK), where)
+        scale = decode_loaded_scale(loaded_weight, gran, (BLOCK, BLOCK), where)
         scale = scale[..., : limit[0], : limit[1]]
         try:
             return load(param, scale, *args, **kwargs)
         except (AssertionError, RuntimeError) as error:
             raise ValueError(
-                f"{where}: a weight scale of shape {tuple(loaded.shape)} does not fit; allowed: "
-                f"[ceil(N/{BLOCK}), ceil(K/{BLOCK})] of its weight (this rank's grid is "
+                f"{where}: a weight scale of shape {tuple(loaded_weight.shape)} does not fit; "
+                f"allowed: [ceil(N/{BLOCK}), ceil(K/{BLOCK})] of its weight (this rank's grid is "
                 f"{tuple(param.shape)} of {gran[0]}x{gran[1]} blocks). Transposed or truncated?"
             ) from error
 
