@@ -50,6 +50,12 @@ class Load:
         model.load_weights(load_file(Path(self.folder) / "model.safetensors").items())
 
 
+def sums_of_experts(model: torch.nn.Module) -> list:
+    """A number for each expert that this rank has, layer by layer."""
+    layers = [m.w13_weight for m in model.modules() if hasattr(m, "w13_weight")]
+    return [code for w in layers for code in w.data.view(torch.uint8).flatten(1).sum(1).tolist()]
+
+
 class Served:
     """An engine and the questions that tests ask it."""
 
@@ -120,11 +126,18 @@ class Served:
     def load(self, folder: str) -> str | None:
         return attempt(lambda: self.llm.apply_model(Load(folder)))
 
-    def sleep(self, level: int) -> None:
-        self.llm.sleep(level=level)
+    def experts(self, _=None) -> list:
+        return self.llm.apply_model(sums_of_experts)
 
-    def wake(self, _=None) -> None:
-        self.llm.wake_up()
+    def nap(self, level: int) -> None:
+        """Sleep and wake; from level 2, which drops the weights, by loading them again."""
+        self.llm.sleep(level=level)
+        if level == 1:
+            self.llm.wake_up()
+        else:
+            self.llm.wake_up(tags=["weights"])
+            self.llm.collective_rpc("reload_weights")
+            self.llm.wake_up(tags=["kv_cache"])
 
     def lora(self, folder: str | None) -> None:
         """Prompts from now on go through the adapter; None: no longer."""

@@ -132,8 +132,11 @@ def test_experts_with_scales_in_bfloat16(served, tmp_path):
     folder, plain = tiny_qwen.make(tmp_path / "moe", moe=True, scale_dtype=torch.bfloat16)
     assert inspect(folder).servable
     truth = tiny_qwen.logits(plain, PROMPTS)
-    run = served(folder, PROMPTS, **EXACT)
+    run = served(folder, PROMPTS, steps=[("reload", None), ("logits", None)], **EXACT)
     found = kl(truth, run["logits"])
     print(found)
     assert found < SAME
+    error, reloaded = run["steps"]
+    assert error is None
+    assert all(map(torch.equal, run["logits"], reloaded))
     assert "experts layers" in run["log"] and "float32 kept" in run["log"]

@@ -60,9 +60,17 @@ def unfit(name, tensor):
     return tensor * (1 + torch.rand_like(tensor)) if name.endswith(f"kv_b_proj{SCALE}") else tensor
 
 
-@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=pytest.mark.skipif(
-    not GPU, reason="without a GPU there are no graphs that hold addresses"))])  # fmt: skip
-def test_reload_in_place(served, tmp_path, eager):
+on_gpu = pytest.mark.skipif(not GPU, reason="no CUDA graphs, no sleep mode without a GPU")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs, or patience")
+layouts = pytest.mark.parametrize("layout", [
+    {"enforce_eager": True},
+    pytest.param({"enforce_eager": False}, marks=on_gpu),
+    pytest.param({"tensor_parallel_size": 2, "enable_expert_parallel": True}, marks=two_gpus),
+], ids=["eager", "graphs", "tp2-ep"])  # fmt: skip
+
+
+@layouts
+def test_reload_in_place(served, tmp_path, layout):
     """The logits and the text of a reloaded model are those of one that started with the weights.
 
     Bit for bit, for the same weights and for others.
@@ -74,8 +82,8 @@ def test_reload_in_place(served, tmp_path, eager):
         ("reload", None), *ask, ("reload", second), *ask, ("load", first), *ask,
         ("reload", first), *ask, ("reload", bad), ("fails", "logits"),
     ]  # fmt: skip
-    run = served(first, PROMPTS, generate=16, steps=steps, enforce_eager=eager)
-    fresh = served(second, PROMPTS, generate=16, enforce_eager=eager)
+    run = served(first, PROMPTS, generate=16, steps=steps, **layout)
+    fresh = served(second, PROMPTS, generate=16, **layout)
     assert "2 bytes and c" in run["log"] and "float32 kept" in run["log"]
     answers = iter(run["steps"])
 
@@ -94,3 +102,18 @@ def test_reload_in_place(served, tmp_path, eager):
     check(run)
     assert "kv_b_proj: the weight scales to reload are neither" in next(answers)
     assert next(answers) is not None  # what is incomplete is not served
+
+
+@on_gpu
+@layouts
+def test_sleep(served, tmp_path, layout):
+    """Level 1, and level 2 with a reload: what was served before, bit for bit."""
+    first = variant(tmp_path / "first", started)
+    ask = [("logits", None), ("greedy", 16)]
+    steps = [("nap", 1), *ask, ("nap", 2), *ask, ("nap", 2), *ask]
+    run = served(first, PROMPTS, generate=16, steps=steps, enable_sleep_mode=True, **layout)
+    answers = iter(run["steps"])
+    for _ in range(3):
+        next(answers)
+        assert all(map(torch.equal, next(answers), run["logits"]))
+        assert next(answers) == run["greedy"]
