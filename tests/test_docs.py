@@ -57,6 +57,7 @@ def test_ours(page, words):
 @pytest.mark.parametrize(("page", "words"), SERVE, ids=map(str, SERVE))
 def test_vllm_serve(page, words):
     pytest.importorskip("vllm")
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -64,7 +65,8 @@ def test_vllm_serve(page, words):
     command = ServeSubcommand()
     options = command.subparser_init(parsers).parse_args(words)
     command.validate(options)
-    assert options.quantization == "ue8m0" and options.model_tag == words[0]
+    assert options.model_tag == words[0]
+    assert EngineArgs.from_cli_args(options).quantization == "ue8m0"
 
 
 def check_engine(model, arguments):

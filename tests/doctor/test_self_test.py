@@ -292,3 +292,10 @@ def test_command(monkeypatch, capsys):
     assert err == "vllm-ue8m0 doctor: self-test 1 of 1\n"
     assert main(["doctor", "--json", "--no-self-test"]) == 1
     assert json.loads(capsys.readouterr().out)["self_test"] is None and len(asked_for) == 1
+
+
+@pytest.mark.parametrize("backend", [backend.name for backend in dispatch.BACKENDS[:-1]])
+def test_the_next_backend_is_proposed(backend):
+    (problem,) = find(HOPPER, HOPPER_VLLM, None, [replace(WRONG, backend=backend)])
+    other = "reference: plain torch, slow" if backend == "portable" else "portable"
+    assert problem.do == f"set UE8M0_BACKEND={other}; report it with this output"

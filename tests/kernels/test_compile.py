@@ -192,11 +192,13 @@ def compile_products(build, capability: int) -> None:
     import torch
 
     from vllm_ue8m0.kernels import batched_gemm, gemm, grouped_gemm
+    from vllm_ue8m0.kernels.config import FOUR_WARP_MAJORS
 
     codes = CODES if capability >= 89 else BYTES
 
     def build_gemm(name, rows, dtype, kernel, pointers, constants, scaled=False, gran=(128, 128)):
-        config = gemm.tile_config(rows, dtype, gran, scaled, capability // 10 not in (9, 10))
+        one_warp = capability // 10 not in FOUR_WARP_MAJORS
+        config = gemm.tile_config(rows, dtype, gran, scaled, one_warp)
         options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
         a = codes if dtype == torch.float8_e4m3fn else BF16
         pointers = {"a": a, "w": codes, "sf": BYTES, "out": BF16, **pointers}

@@ -14,6 +14,9 @@ import triton
 # TRITON_DEFAULT_FP_FUSION says. Without it Triton 3.9 warns that 3.10 will not fuse by default.
 FMA = {"enable_fp_fusion": True}
 
+# Compute capabilities, sm_9x and sm_10x, whose instructions multiply for four warps together.
+FOUR_WARP_MAJORS = (9, 10)
+
 # Programs of a masked launch, which share the used tiles whatever the counts: 8 on each of an
 # H100's SMs. 2026-11-22, silu_mul_quant of [32, 1024, 4096], us with 1056, 4224 and 16896 programs:
 # 17,076 rows 60.5, 60.5, 66.1; 4 rows for each expert 3.0, 6.1, 20.8; all on one 5.8, 6.2, 20.8.
@@ -98,13 +101,13 @@ def _has_e4m3(index: int | None) -> bool:
 
 
 def one_warp_products(device: torch.device) -> bool:
-    """Whether each warp multiplies alone there (mma.sync): not four of sm_90's and sm_10x's."""
-    return device.type == "cuda" and _one_warp_products(device.index)
+    """Whether each warp multiplies alone there (mma.sync)."""
+    return device.type == "cuda" and _major(device.index) not in FOUR_WARP_MAJORS
 
 
 @cache
-def _one_warp_products(index: int | None) -> bool:
-    return torch.cuda.get_device_capability(index)[0] not in (9, 10)
+def _major(index: int | None) -> int:
+    return torch.cuda.get_device_capability(index)[0]
 
 
 def batch_invariant() -> bool:
