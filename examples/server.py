@@ -17,8 +17,9 @@ def serve(model: Path | str, *args: str, log: Path, minutes: float = 10) -> Iter
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    vllm = Path(sys.executable).with_name("vllm")
-    command = [str(vllm), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *args]
+    # The program `vllm`, of this Python wherever its scripts are.
+    vllm = (sys.executable, "-m", "vllm.entrypoints.cli.main")
+    command = [*vllm, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *args]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
     print("$ vllm serve", model, *args, flush=True)
     with log.open("wb") as out:

@@ -11,6 +11,9 @@ HERE = Path(__file__).parent
 FIXTURES = HERE.parent / "fixtures"
 EXIT_ABORT = "terminate called without an active exception"
 GPU = torch.cuda.is_available()
+# Of vLLM, for tiny models: engines that leave room for others on a GPU, and so for other tests.
+SMALL = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 2**29} if GPU else {}
+SMALL_OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
 
 
 def run_vllm(*command, stdout_only=False, **kwargs):

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from harness import SMALL
 
 GREEDY_PROMPT = 32
 
@@ -171,6 +172,7 @@ def main(model: str, tokens_file: str, out_file: str, options: dict) -> None:
         "skip_tokenizer_init": True,
         "disable_log_stats": False,
         "max_logprobs": -1,
+        **SMALL,
         **options,
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import FIXTURES, GPU
+from harness import FIXTURES, GPU, SMALL
 
 from vllm_ue8m0.bench import e2e, e2e_report, e2e_worker
 
@@ -12,7 +12,8 @@ pytestmark = pytest.mark.vllm
 SETUP = e2e.Setup(
     model=str(FIXTURES / "tiny_deepseek"), layers=2, batches=(1, 3), context=16, steps=6,
     prefill=(2, 40), serve=(20, 5),
-    engine=(("enforce_eager", True), ("max_num_batched_tokens", 64), ("max_num_seqs", 8)),
+    engine=(("enforce_eager", True), ("max_num_batched_tokens", 64), ("max_num_seqs", 8),
+            *SMALL.items()),
 )  # fmt: skip
 
 

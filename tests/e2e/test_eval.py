@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from harness import FIXTURES, GPU, kl, run_vllm
+from harness import FIXTURES, GPU, SMALL_OPTIONS, kl, run_vllm
 from recordings import recording
 from tiny_deepseek.checkpoint import encode
 from tiny_deepseek.model import CUDA, Rounding, TinyDeepseek
@@ -26,7 +26,7 @@ def test_eval(tmp_path, capsys):
     out = run_vllm(
         "-m", "vllm_ue8m0.cli", "eval", MODEL, "--text", *texts, "--context", 256, "--top-k", 40,
         "--out", tmp_path / "served.npz", "--json", "--", "--quantization", "ue8m0",
-        "--enforce-eager", stdout_only=True,
+        "--enforce-eager", *SMALL_OPTIONS, stdout_only=True,
     )  # fmt: skip
     (line,) = out.splitlines()  # what vLLM logs is not on stdout
     served, scored = read(tmp_path / "served.npz"), json.loads(line)

@@ -7,7 +7,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from harness import FIXTURES, run_vllm
+from harness import FIXTURES, SMALL_OPTIONS, run_vllm
 from server import serve
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -24,7 +24,7 @@ def post(url, **body):
 
 
 def test_api_server_and_client(tmp_path):
-    args = ["--quantization", "ue8m0", "--enforce-eager", "--served-model-name", "tiny"]
+    args = ["--quantization", "ue8m0", "--enforce-eager", "--served-model-name", "tiny", *SMALL_OPTIONS]
     log = tmp_path / "server.log"
     with serve(MODEL, *args, log=log) as url:
         with urllib.request.urlopen(f"{url}/v1/models") as reply:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from harness import FIXTURES, HERE
+from harness import FIXTURES, HERE, SMALL_OPTIONS
 
 aiohttp = pytest.importorskip("aiohttp")
 
@@ -163,7 +163,7 @@ def test_our_server(tmp_path):
     """Every kind of request, on the served tiny model; 60 to 80 s on two cores."""
     pytest.importorskip("vllm")
     program = [sys.executable, HERE / "soak.py", FIXTURES / "tiny_deepseek"]
-    options = ["--requests", "42", "--minutes", "3", "--enforce-eager"]
+    options = ["--requests", "42", "--minutes", "3", "--enforce-eager", *SMALL_OPTIONS]
     done = subprocess.run(
         [*program, *options, "--log", tmp_path / "log"], capture_output=True, text=True
     )
