@@ -59,6 +59,7 @@ __all__ = [
     "make_prepare_finalize",
     "most_rows",
     "platform",
+    "prefer_norm",
     "register_quantization_config",
     "replace_parameter",
     "router_ids_dtype",
@@ -153,6 +154,23 @@ def router_ids_dtype() -> torch.dtype:
     """Of the experts' ids, where no all-to-all wants another: int32 but of a simulated routing."""
     simulated = os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
     return torch.int64 if simulated else torch.int32
+
+
+def prefer_norm(op: str, provider: str, run: Callable[..., Any], takes: Callable[..., bool]) -> None:
+    """Let `run` be the first implementation of one of vLLM's norms, where it takes the arguments.
+
+    Only where the order of implementations is still vLLM's own; it is part of vLLM's compile key.
+    """
+    from vllm import ir
+    from vllm.platforms import current_platform
+
+    config, ir_op = current_config(), getattr(ir.ops, op)
+    if provider not in ir_op.impls:
+        ir_op.register_impl(provider, supports_args=takes)(run)
+    default = getattr(current_platform.get_default_ir_op_priority(config), op)
+    if getattr(config.kernel_config.ir_op_priority, op) == default:
+        setattr(config.kernel_config.ir_op_priority, op, [provider, *default])
+        ir_op.set_default([provider, *default])
 
 
 def knows_method(name: str) -> bool:

@@ -124,6 +124,10 @@ class Ue8m0Config(compat.QuantizationConfig):  # type: ignore[misc]
             return
         self._options_read = True
         config = compat.current_config()
+        if config is not None and compat.platform() == "cuda":
+            from . import norms
+
+            norms.prefer()
         additional = getattr(config, "additional_config", None)
         if not isinstance(additional, dict):
             return
