@@ -19,6 +19,7 @@ EPS = 1e-6
 def config():
     config = VllmConfig()
     before = {op: getattr(ir.ops, op).get_priority() for op in OPS}
+    norms.register()
     with set_current_vllm_config(config):
         yield config
     for op in OPS:

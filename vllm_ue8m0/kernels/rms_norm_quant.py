@@ -2,7 +2,7 @@
 
 r = x + residual, rounded to x's dtype and written to residual_out (r = x without a residual);
 y = r / sqrt(mean(r^2) + eps) * weight, in float32 from the rounded r, rounded once to x's dtype and
-written to normed if that is given; then, if q is, quantized exactly as act_quant does. These are the
+written to normed if that is given; then, if q is, quantized as act_quant does. These are the
 roundings of the separate steps as vLLM's CUDA kernels take them; only the order of the sum over K
 is left open, and it depends on K alone.
 x, residual: unit stride along K; weight [K] contiguous; q, residual_out, normed contiguous.
@@ -67,7 +67,7 @@ def launch(
     mn_major: bool,
     num_warps: int,
 ) -> None:
-    """Normalize and, with q and s, quantize; the dtype of s (uint8, float32, int32) selects the scale."""
+    """Normalize and, given q and s, quantize; the dtype of s (uint8, float32, int32) is the kind."""
     M, K = x.shape
     groups = triton.cdiv(K, group)
     packed = s is not None and s.dtype == torch.int32

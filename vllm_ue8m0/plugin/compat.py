@@ -60,6 +60,7 @@ __all__ = [
     "most_rows",
     "platform",
     "prefer_norm",
+    "register_norm",
     "register_quantization_config",
     "replace_parameter",
     "router_ids_dtype",
@@ -156,21 +157,27 @@ def router_ids_dtype() -> torch.dtype:
     return torch.int64 if simulated else torch.int32
 
 
-def prefer_norm(op: str, provider: str, run: Callable[..., Any], takes: Callable[..., bool]) -> None:
-    """Let `run` be the first implementation of one of vLLM's norms, where it takes the arguments.
+def register_norm(
+    op: str, provider: str, run: Callable[..., Any], takes: Callable[..., bool]
+) -> None:
+    """Make an implementation of one of vLLM's norms known; vLLM warns once an order is set."""
+    from vllm import ir
 
-    Only where the order of implementations is still vLLM's own; it is part of vLLM's compile key.
-    """
+    if provider not in getattr(ir.ops, op).impls:
+        getattr(ir.ops, op).register_impl(provider, supports_args=takes)(run)
+
+
+def prefer_norm(op: str, provider: str) -> None:
+    """Put it first in the model that is being built, where the order is still vLLM's default."""
     from vllm import ir
     from vllm.platforms import current_platform
 
-    config, ir_op = current_config(), getattr(ir.ops, op)
-    if provider not in ir_op.impls:
-        ir_op.register_impl(provider, supports_args=takes)(run)
+    config = current_config()
+    order = config.kernel_config.ir_op_priority  # vLLM's compile key has it
     default = getattr(current_platform.get_default_ir_op_priority(config), op)
-    if getattr(config.kernel_config.ir_op_priority, op) == default:
-        setattr(config.kernel_config.ir_op_priority, op, [provider, *default])
-        ir_op.set_default([provider, *default])
+    if getattr(order, op) == default:
+        setattr(order, op, [provider, *default])
+        getattr(ir.ops, op).set_default([provider, *default])
 
 
 def knows_method(name: str) -> bool:

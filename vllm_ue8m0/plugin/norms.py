@@ -1,8 +1,7 @@
 """vLLM's RMSNorm, with or without the residual add, on this project's kernel.
 
-A kernel of vLLM's or Inductor's between two products keeps the second from fetching its weights while
-the first ends. This one starts and ends as they do (programmatic dependent launch), and rounds in a
-compiled graph as it does outside of one.
+A norm of vLLM's or Inductor's before a product keeps it from fetching its weights meanwhile. This one
+lets it (programmatic dependent launch), and rounds in a compiled graph as it does outside of one.
 """
 
 import torch
@@ -63,7 +62,16 @@ def _takes(x: Tensor, weight: Tensor | None, variance_size: int | None) -> bool:
     )
 
 
+NAME = "ue8m0"
+
+
+def register() -> None:
+    """Make them known to vLLM, for `--ir-op-priority` too; safe to call again."""
+    compat.register_norm("rms_norm", NAME, rms_norm, _takes_norm)
+    compat.register_norm("fused_add_rms_norm", NAME, fused_add_rms_norm, _takes_sum)
+
+
 def prefer() -> None:
-    """Put these before vLLM's own in the model that is being built, unless the user chose others."""
-    compat.prefer_norm("rms_norm", "ue8m0", rms_norm, _takes_norm)
-    compat.prefer_norm("fused_add_rms_norm", "ue8m0", fused_add_rms_norm, _takes_sum)
+    """Put them before vLLM's own in the model that is being built, unless the user chose others."""
+    compat.prefer_norm("rms_norm", NAME)
+    compat.prefer_norm("fused_add_rms_norm", NAME)
