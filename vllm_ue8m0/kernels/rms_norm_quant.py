@@ -67,7 +67,7 @@ def launch(
     mn_major: bool,
     num_warps: int,
 ) -> None:
-    """Normalize and, given q and s, quantize; the dtype of s (uint8, float32, int32) is the kind."""
+    """Normalize and, given q and s, quantize; s is of uint8, float32 or int32, for packed bytes."""
     M, K = x.shape
     groups = triton.cdiv(K, group)
     packed = s is not None and s.dtype == torch.int32

@@ -1,6 +1,6 @@
 """vLLM's RMSNorm, with or without the residual add, on this project's kernel.
 
-A norm of vLLM's or Inductor's before a product keeps it from fetching its weights meanwhile. This one
+A norm of vLLM or Inductor before a product keeps it from fetching its weights meanwhile. This one
 lets it (programmatic dependent launch), and rounds in a compiled graph as it does outside of one.
 """
 
