@@ -3,10 +3,31 @@
 import inspect
 
 import numpy as np
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 E4M3 = torch.float8_e4m3fn
+# Of backend sm100, which runs in the interpreter too; Triton rewrites it for other GPUs.
+BLOCK_SCALING = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 10,
+    reason="block scaling needs a GPU of sm_100 or sm_103",
+)
+
+
+def backends(*modules, activations=()):
+    """Parameters: every backend under its name, with these activation scales; sm100 with ue8m0."""
+    found = []
+    for module in modules:
+        name = module.__name__.rpartition(".")[2]
+        if name == "sm100":  # it hands the other activations to portable
+            values = (module, "ue8m0") if activations else (module,)
+            found.append(pytest.param(*values, marks=BLOCK_SCALING, id=name))
+        elif activations:
+            found += [pytest.param(module, scale, id=f"{name}-{scale}") for scale in activations]
+        else:
+            found.append(pytest.param(module, id=name))
+    return found
 
 
 def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
@@ -64,6 +85,20 @@ def random_scale(*shape: int, dtype: torch.dtype, device: str, spread: int = 4) 
     if dtype == torch.uint8:
         return (exponent + 127).to(torch.uint8)
     return torch.ldexp(torch.rand(*shape, device=device) + 0.5, exponent)
+
+
+def integers(M, N, K, device, gran=(128, 128), a_dtype=torch.uint8, w_dtype=torch.uint8):
+    """Small integers and scales 2^k: every partial sum is exact in any order."""
+    a = torch.randint(-2, 3, (M, K), device=device).float().to(E4M3)
+    w = torch.randint(-2, 3, (N, K), device=device).float().to(E4M3)
+    groups = -(-K // gran[1])
+    a_s = torch.randint(125, 130, (M, groups), device=device).to(torch.uint8)
+    sf = torch.randint(125, 130, (-(-N // gran[0]), groups), device=device).to(torch.uint8)
+    if a_dtype == torch.float32:
+        a_s = torch.ldexp(torch.ones(a_s.shape, device=device), a_s.int() - 127)
+    if w_dtype == torch.float32:
+        sf = torch.ldexp(torch.ones(sf.shape, device=device), sf.int() - 127)
+    return a, a_s, w, sf
 
 
 def expert_operands(

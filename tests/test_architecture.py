@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "triton": {"portable/*", "kernels/*"},
     # Backends are loaded by name.
     "vllm_ue8m0.sm90": {"sm90/*"},
+    "vllm_ue8m0.sm100": {"sm100/*"},
     "vllm_ue8m0.plugin": {"plugin/*"},
     "vllm_ue8m0.cli": set(),
     "vllm_ue8m0.bench": {"bench/*", "cli.py", "cli_bench.py"},
@@ -60,3 +61,20 @@ def test_rules_see_something():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_are_short(path):
     assert len(path.read_text().splitlines()) <= 300
+
+
+# Kernels without a product of floats, which could be fused with a sum.
+NO_PRODUCTS = {
+    "_combine_kernel", "_copy_kernel", "_count_kernel", "_empty_kernel", "_place_kernel",
+    "_tiles_kernel",
+}  # fmt: skip
+
+
+def test_products_are_fused_with_sums_whatever_tritons_default():
+    fused, others = set(), set()
+    for path in sorted(PACKAGE.glob("kernels/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                options = {ast.unparse(k.value) for k in node.keywords if k.arg is None}
+                (fused if "FMA" in options else others).add(ast.unparse(node.func.value))
+    assert len(fused) > 10 and others == NO_PRODUCTS

@@ -45,6 +45,31 @@ def test_hopper_takes_its_own_products_and_portable_for_the_rest(monkeypatch):
         dispatch.choose("gemm", "cuda")
 
 
+@pytest.mark.parametrize("capability", [(10, 0), (10, 3)])
+def test_data_center_blackwell_takes_its_own_products(monkeypatch, capability):
+    gpu(monkeypatch, capability)
+    for wanted in ("auto", "sm100", "portable"):
+        monkeypatch.setenv("UE8M0_BACKEND", wanted)
+        dispatch.choose.cache_clear()
+        chosen = {op: dispatch.choose(op, "cuda").name for op in dispatch.OPERATORS}
+        its_own = {op for op, name in chosen.items() if name == "sm100"}
+        assert its_own == (set() if wanted == "portable" else set(dispatch.PRODUCT_OPERATORS))
+        assert set(chosen.values()) <= {"sm100", "portable"}
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (11, 0), (12, 0)])
+def test_other_gpus_do_not_scale_in_the_tensor_cores(monkeypatch, capability):
+    """sm_120 has block scaling too, but products without it serve there."""
+    gpu(monkeypatch, capability)
+    assert dispatch.choose("linear", "cuda").name != "sm100"
+    monkeypatch.setenv("UE8M0_BACKEND", "sm100")
+    dispatch.choose.cache_clear()
+    name = "sm_{}{}".format(*capability)
+    with pytest.raises(RuntimeError, match=f"sm100: needs sm_100 or sm_103, this GPU is {name}"):
+        dispatch.choose("linear", "cuda")
+    assert dispatch.choose("act_quant", "cuda").name == "portable"
+
+
 def test_hopper_with_an_older_triton_takes_portable(monkeypatch):
     def missing(name, package):
         raise ImportError("cannot import name 'mbarrier'")
@@ -74,8 +99,9 @@ def test_every_operator_starts_at_sm_80(monkeypatch):
 
 def test_every_backend_has_every_operator():
     for backend in dispatch.BACKENDS:
+        its_own = backend.name in ("sm90", "sm100")
+        assert backend.operators == (dispatch.PRODUCT_OPERATORS if its_own else dispatch.OPERATORS)
         if backend.name != "sm90":  # needs Gluon, which the interpreter does not run
-            assert backend.operators == dispatch.OPERATORS
             assert all(callable(getattr(backend.load(), op)) for op in backend.operators)
 
 
@@ -96,5 +122,5 @@ def test_named_backend_is_that_or_an_error(monkeypatch):
     with pytest.raises(RuntimeError, match="only in its interpreter"):
         dispatch.choose("linear", "cpu")
     monkeypatch.setenv("UE8M0_BACKEND", "cutlass")
-    with pytest.raises(ValueError, match="allowed: auto, sm90, portable, reference"):
+    with pytest.raises(ValueError, match="allowed: auto, sm100, sm90, portable, reference"):
         dispatch.choose("linear", "cuda")

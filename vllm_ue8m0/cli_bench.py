@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from .bench import E2E_BENCHES, E2E_SIDES
-from .cli_values import positive
+from .cli_values import positive, rate
 
 
 def e2e_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,8 @@ def e2e_arguments(parser: argparse.ArgumentParser) -> None:
         help="of decode_step (default: 1 16 64 256)")  # fmt: skip
     add("--context", type=positive, metavar="N",
         help="tokens of decode_step's prompts (default: 256)")  # fmt: skip
+    add("--rate", type=rate, nargs="+", dest="rates", metavar="R",
+        help="requests a second of serve (default: 2 32)")  # fmt: skip
     add(
         "--routing",
         choices=("uniform_random", "router"),
@@ -55,6 +57,7 @@ def e2e(options: argparse.Namespace) -> None:
         "tp": options.tp,
         "batches": None if options.batches is None else tuple(options.batches),
         "context": options.context,
+        "rates": None if options.rates is None else tuple(options.rates),
         "routing": options.routing,
         "engine": engine,
     }

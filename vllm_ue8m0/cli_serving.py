@@ -22,14 +22,24 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", nargs="?", help="also say how this checkpoint directory is served"
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.add_argument(
+        "--no-self-test",
+        action="store_false",
+        dest="self_test",
+        help="do not run this project's kernels, which takes up to minutes the first time",
+    )
 
 
 def doctor(options: argparse.Namespace) -> int:
     from .doctor import report
 
-    found = report.examine(options.model)
+    found = report.examine(options.model, options.self_test, _say)
     print(json.dumps(found.to_json()) if options.json else report.text(found))
     return 0 if found.works else 1
+
+
+def _say(line: str) -> None:
+    print(f"vllm-ue8m0 doctor: {line}", file=sys.stderr)
 
 
 def eval_arguments(parser: argparse.ArgumentParser) -> None:

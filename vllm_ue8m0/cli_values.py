@@ -37,3 +37,14 @@ def shape(text: str) -> tuple[int, int]:
     except ValueError:
         raise ArgumentTypeError(f"{text!r} is not N,K such as 7168,2048.") from None
     return N, K
+
+
+def rate(text: str) -> float:
+    """More than 0, and finite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ArgumentTypeError(f"{text!r} is not a number above 0.")
+    return value

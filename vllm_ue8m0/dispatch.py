@@ -28,7 +28,6 @@ QUANT_OPERATORS = (
 )
 PRODUCT_OPERATORS = ("gemm", "linear", "experts", "batched_experts")
 OPERATORS = QUANT_OPERATORS + PRODUCT_OPERATORS
-SM90_OPERATORS = PRODUCT_OPERATORS
 MIN_CAPABILITY = (8, 0)  # Triton's, and bf16's
 
 
@@ -81,8 +80,18 @@ def _sm90_supports(op: str, device_type: str, explicit: bool) -> tuple[bool, str
     return True, "Gluon kernels for sm_90; portable's where sm90 refuses, with the reason"
 
 
+def _sm100_supports(op: str, device_type: str, explicit: bool) -> tuple[bool, str]:
+    if device_type != "cuda" or find_spec("triton") is None:
+        return False, "needs a GPU of sm_100 or sm_103 and triton"
+    capability = torch.cuda.get_device_capability()
+    if capability[0] != 10:
+        return False, f"needs sm_100 or sm_103, this GPU is {_sm(capability)}"
+    return True, "Triton kernels scaled by the tensor cores; portable's where sm100 refuses"
+
+
 BACKENDS = (
-    Backend("sm90", ".sm90", _sm90_supports, SM90_OPERATORS),
+    Backend("sm100", ".sm100", _sm100_supports, PRODUCT_OPERATORS),
+    Backend("sm90", ".sm90", _sm90_supports, PRODUCT_OPERATORS),
     Backend("portable", ".portable", _portable_supports),
     Backend("reference", ".reference", _reference_supports),
 )
@@ -103,7 +112,7 @@ def choose(op: str, device_type: str) -> Backend:
     wanted, reasons = requested(), []
     having = [backend for backend in BACKENDS if op in backend.operators]
     if wanted not in [backend.name for backend in having]:
-        wanted = "auto"  # sm90 has its own kernels for some operators, and portable's for the rest
+        wanted = "auto"  # sm90 and sm100 have kernels for some operators; portable's are the rest's
     for backend in having:
         if wanted not in ("auto", backend.name):
             continue

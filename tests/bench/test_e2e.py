@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from vllm_ue8m0.bench import BenchError, e2e, e2e_report, machine, records
+from vllm_ue8m0.bench import BenchError, e2e, e2e_report, e2e_serve, machine, records
 from vllm_ue8m0.cli import main
 
 GPU = "Test GPU"
 FIXTURE = Path(__file__).parents[1] / "fixtures"
 TIMES = {"ours": 100.0, "vllm_fp8": 150.0}
+served = []  # what every server was started with
 
 
 @pytest.fixture
@@ -37,6 +38,20 @@ def started(monkeypatch):
             Path(cache, "kernel").touch()
         return 0, {"graph capture": 3.0}
 
+    def serve(engine, vocabulary, env, tokens, loads):
+        served.append((engine, vocabulary, env, tokens, loads))
+        assert Path(engine["model"], "config.json").exists()
+        time_us = TIMES["ours" if engine["quantization"] == "ue8m0" else "vllm_fp8"]
+        for rate, _ in loads:
+            if rate == 7:
+                raise BenchError("the server ended with status 1; see above")
+            yield {
+                "gpu": GPU, "ttft_us": 20 * time_us, "tpot_us": time_us, "ttft_p99_us": 1e4,
+                "tpot_p99_us": 2e4, "requests_per_s": rate / 2,
+            }  # fmt: skip
+
+    served.clear()
+    monkeypatch.setattr(e2e_serve, "measure", serve)
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.setattr(e2e, "_relay", relay)
     monkeypatch.setattr(machine, "require_gpu", lambda: None)
@@ -62,6 +77,8 @@ def test_everything(started, tmp_path, capsys):
         ("start_cold", None, None), ("start_warm", None, None), ("prefill", 16384, None),
         ("decode_step", 1, None), ("decode_part", 1, "rest"),
         ("decode_step", 16, None), ("decode_part", 16, "rest"),
+        ("serve_ttft", None, None), ("serve_tpot", None, None),
+        ("serve_ttft", None, None), ("serve_tpot", None, None),
     ]  # fmt: skip
     assert all(r.gpu == GPU and set(r.peers_us) == {"vllm_fp8"} for r in measured)
     assert all(r.peers_us["vllm_fp8"] == 1.5 * r.ours_us for r in measured)
@@ -70,7 +87,22 @@ def test_everything(started, tmp_path, capsys):
     assert prefill.ours_us == 1000 and prefill.context_us["vllm_fp8 on the GPU"] == 1350
     expected = {"batch": 1, "layers": 5, "tp": 1, "routing": "uniform_random"}
     assert step.variant == expected and step.context_us == {}
+    (ours, vocabulary, env, tokens, loads), stock = served
+    assert ours == {**warm["engine"], "model": ours["model"]} and vocabulary == 129280
+    assert stock[0]["quantization"] == "fp8" and stock[1] == vocabulary and stock[3:] == (
+        tokens, loads
+    )  # fmt: skip
+    assert env["TRITON_CACHE_DIR"] == first["TRITON_CACHE_DIR"]
+    assert tokens == (1024, 128) and loads == [(2.0, 20.0), (32.0, 20.0)]
+    assert ours["max_model_len"] >= sum(tokens)
+    ttft, tpot = measured[-2:]
+    assert ttft.ours_us == 2000 and tpot.ours_us == 100
+    assert tpot.context_us == {"ours, 99 %": 2e4, "vllm_fp8, 99 %": 2e4}
+    assert {**step.variant, "rate": "32/s", "input": 1024, "output": 128} == {
+        **tpot.variant, "batch": 1
+    }  # fmt: skip
     text = capsys.readouterr().out
+    assert "vllm_fp8 serve 32: 16.00 requests/s answered" in text
     assert "ours start_cold: 100.0 s, 2.00 GiB beside the KV cache" in text
     assert "3.0 s  graph capture" in text and "a_kernel" in text
     assert "lm_head, attention and sampling: ours 50 us, vllm_fp8 75, ratio 1.50" in text
@@ -91,6 +123,26 @@ def test_calls_may_each_do_a_part(started, tmp_path):
     found = {(r.bench, r.M): list(r.peers_us) for r in records.read(out)}
     assert found["decode_step", 1] == [] and found["decode_step", 16] == ["vllm_fp8"]
     assert found["prefill", 16384] == []
+
+
+def test_serve_alone(started, tmp_path, capsys):
+    """It starts a server and nothing else; rates may be divided over calls."""
+    out = tmp_path / "e2e.jsonl"
+    call = ["bench", "e2e", "--out", str(out), "--only", "serve", "--side"]
+    assert main([*call, "ours", "--rate", "0.5"]) == 0
+    assert main([*call, "vllm_fp8", "--rate", "0.5", "7"]) == 1
+    assert "vllm_fp8: the server ended with status 1" in capsys.readouterr().err
+    assert main([*call, "ours", "--rate", "4"]) == 0
+    assert started == [] and [loads[0][0] for *_, loads in served] == [0.5, 0.5, 4.0]
+    assert "TRITON_CACHE_DIR" not in served[0][2]
+    found = {(r.bench, r.variant["rate"]): len(r.peers_us) for r in records.read(out)}
+    assert found == {
+        ("serve_ttft", "0.5/s"): 1, ("serve_tpot", "0.5/s"): 1,
+        ("serve_ttft", "4/s"): 0, ("serve_tpot", "4/s"): 0,
+    }  # fmt: skip
+    assert main(["bench", "show", str(out)]) == 0
+    with pytest.raises(SystemExit):
+        main([*call, "ours", "--rate", "inf"])
 
 
 def test_another_setup_is_not_mixed_in(started, tmp_path, capsys):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from fake_clock import DEVICE, MACHINE, FakeClock
 
-from vllm_ue8m0 import portable, reference
-from vllm_ue8m0.bench import GEMM_BENCHES, BenchError, gate, gemm
+from vllm_ue8m0 import agreement, portable, reference
+from vllm_ue8m0.bench import GEMM_BENCHES, BenchError, gemm
 from vllm_ue8m0.bench.case import tensor_bytes
 from vllm_ue8m0.bench.roof import Roof
 from vllm_ue8m0.bench.run import run
@@ -171,10 +171,10 @@ def last_tile(out):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (one_value, "1 of 5 sampled rows differ, calc_diff up to"),
-        (one_row, "1 of 5 sampled rows differ"),
-        (nan, "1 of 5 sampled rows differ, calc_diff up to inf (allowed: 5e-06)"),
-        (last_tile, "5 of 5 sampled rows differ"),
+        (one_value, "1 of 5 rows differ, calc_diff up to"),
+        (one_row, "1 of 5 rows differ"),
+        (nan, "1 of 5 rows differ, calc_diff up to inf (allowed: 5e-06)"),
+        (last_tile, "5 of 5 rows differ"),
     ],
 )
 def test_the_gate_catches(bench: str, damage, words: str):
@@ -206,6 +206,6 @@ def test_the_gate_wants_bf16_of_the_right_shape():
 def test_one_wrong_value_in_the_widest_row_is_caught():
     row = torch.randn(1, 36864, generator=torch.Generator().manual_seed(0))
     rounded = row.to(torch.bfloat16)
-    assert float(gate.calc_diff(row, rounded)) < gate.PRODUCT_DIFF / 3
+    assert float(agreement.calc_diff(row, rounded)) < agreement.PRODUCT_DIFF / 3
     rounded[0, int((row.abs() - 1).abs().argmin())] = 0
-    assert float(gate.calc_diff(row, rounded)) > gate.PRODUCT_DIFF
+    assert float(agreement.calc_diff(row, rounded)) > agreement.PRODUCT_DIFF

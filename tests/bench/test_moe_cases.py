@@ -156,8 +156,8 @@ def test_tokens_without_a_local_expert():
     for wrong in (1, torch.nan):
         damaged = out.clone()
         damaged[1, 5] = wrong
-        assert "1 of 3 sampled rows differ" in case.check(inputs, [damaged])
-        assert "1 of 3 sampled rows differ" in case.agree([out], [damaged])
+        assert "1 of 3 rows differ" in case.check(inputs, [damaged])
+        assert "1 of 3 rows differ" in case.agree([out], [damaged])
 
 
 def test_a_rank_always_has_something_to_do():
@@ -203,7 +203,7 @@ def test_the_gate_catches(damage):
 
     backend = SimpleNamespace(__name__="faulty", experts=faulty)
     clock = FakeClock()
-    with pytest.raises(BenchError, match=r"wrong result of faulty experts: .* sampled rows differ"):
+    with pytest.raises(BenchError, match=r"wrong result of faulty experts: .* rows differ"):
         measure(make(backend), clock)
     assert not clock.seen
 
@@ -220,5 +220,5 @@ def test_the_gate_looks_at_some_tokens_of_many():
     outputs = case.ours(inputs)
     assert case.check(inputs, outputs) is None
     outputs[0][199] = 0  # the last is among them
-    assert f"1 of {gate.ROWS} sampled rows differ" in case.check(inputs, outputs)
+    assert f"1 of {gate.ROWS} rows differ" in case.check(inputs, outputs)
     assert seen == [200]

@@ -169,7 +169,7 @@ def test_wrong_results_and_failures_name_the_configuration(
             raise RuntimeError("misaligned address")
         return product(one, inputs)
 
-    for broken, words in ((wrong, "wrong result: 1 of 8 sampled"), (failing, "misaligned")):
+    for broken, words in ((wrong, "wrong result: 1 of 8 rows"), (failing, "misaligned")):
         monkeypatch.setattr(candidates, "product", broken)
         with pytest.raises(BenchError) as error:
             run([(192, 512)], FakeClock())

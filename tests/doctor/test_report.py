@@ -64,17 +64,17 @@ def test_json():
 def without_vllm(monkeypatch):
     """As where vLLM is not installed, and with an entry point whatever this package is run from."""
     monkeypatch.setattr("vllm_ue8m0.doctor.ask_vllm.find_spec", lambda name: None)
-    monkeypatch.setattr(report, "find", lambda facts, vllm, about: find(
-        replace(facts, entry_point=True), vllm, about
+    monkeypatch.setattr(report, "find", lambda facts, *rest: find(
+        replace(facts, entry_point=True), *rest
     ))  # fmt: skip
 
 
 def test_command(without_vllm, capsys):
-    assert main(["doctor", "--json", str(FIXTURE)]) == 1
+    assert main(["doctor", "--json", "--no-self-test", str(FIXTURE)]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["works"] is False
     assert found["model"]["served"]["bytes"] == 72 and found["model"]["problems"] == []
-    assert main(["doctor", str(FIXTURE.parent)]) == 1
+    assert main(["doctor", "--no-self-test", str(FIXTURE.parent)]) == 1
     assert "vLLM is not installed" in capsys.readouterr().out
 
 
@@ -110,25 +110,80 @@ def test_model_refused(tmp_path):
     assert "model.safetensors" in model.look_at(str(tmp_path), "cpu").problems[0]
 
 
-def test_model_on_hopper(tmp_path, monkeypatch):
-    """The backend's own refusal is asked of every linear weight; experts are not its."""
+def write_model(directory, shapes, **quantization):
+    """A checkpoint of random weights, layer name -> [N, K]."""
     tensors = {}
-    for name, K in (("self_attn.o_proj", 256), ("mlp.down_proj", 200), ("experts.0.w1", 200)):
-        q, s = weight_quant(torch.randn(128, K))
-        prefix = f"model.layers.0.{name}"
+    for name, (N, K) in shapes.items():
+        q, s = weight_quant(torch.randn(N, K))
+        prefix = f"model.layers.{name}"
         tensors |= {f"{prefix}.weight": q, f"{prefix}.weight_scale_inv": s}
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(
-        '{"dtype": "bfloat16", "quantization_config": {"quant_method": "ue8m0"}}'
-    )
+    save_file(tensors, directory / "model.safetensors")
+    quantization = {"quant_method": "ue8m0", **quantization}
+    config = {"dtype": "bfloat16", "quantization_config": quantization}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def experts(layer, H, I, count=3):  # noqa: E741
+    shapes = {"gate_proj": (I, H), "up_proj": (I, H), "down_proj": (H, I)}
+    return {
+        f"{layer}.mlp.experts.{e}.{name}": shape
+        for e in range(count)
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.fixture
+def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.delenv("UE8M0_BACKEND", raising=False)
     dispatch.choose.cache_clear()
-    found = model.look_at(str(tmp_path), "cuda")
+    yield
     dispatch.choose.cache_clear()
+
+
+ODD = "rows of w do not start at multiples of 16 bytes"
+
+
+def test_model_on_hopper(tmp_path, hopper):
+    """The backend's own refusals are asked of every linear weight and of every layer's experts."""
+    write_model(
+        tmp_path,
+        {
+            "0.self_attn.o_proj": (128, 256),
+            "0.mlp.down_proj": (128, 200),
+            **experts(1, 400, 256),
+            **experts(2, 400, 128),
+            **experts(3, 256, 192),
+            **experts(4, 200, 128),
+        },
+    )
+    found = model.look_at(str(tmp_path), "cuda")
     assert found.problems == [] and found.dtype == "bfloat16"
-    assert found.linears == {"sm90": 1, "portable": 1}
-    assert found.refused == {"rows of w do not start at multiples of 16 bytes": 1}
+    assert found.linears == {"sm90": 1, "portable": 1} and found.refused == {ODD: 1}
+    assert found.experts == {"sm90": 2, "portable": 2}
+    assert found.experts_refused == {
+        "w13: scale blocks of 64x128, not 128x128": 1,
+        "w13 is not contiguous with rows at multiples of 16 bytes": 1,
+    }
     text = report.text(made(HOPPER, HOPPER_VLLM, found))
     assert "linear weights of one rank: 1 on portable, 1 on sm90" in text
-    assert "not for 1: rows of w do not start at multiples of 16 bytes" in text
+    assert f"not for 1: {ODD}" in text
+    assert "layers of experts of one rank: 2 on sm90, 2 on portable" in text
+
+
+def test_activations_decide_too(tmp_path, hopper):
+    """Kernels for quantized activations multiply none that are not."""
+    write_model(
+        tmp_path,
+        {"0.self_attn.o_proj": (128, 256), **experts(1, 256, 128)},
+        activation_scale="none",
+    )
+    found = model.look_at(str(tmp_path), "cuda")
+    reason = {"activations are not quantized": 1}
+    assert found.linears == found.experts == {"portable": 1}
+    assert found.refused == found.experts_refused == reason
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]["activation_scale"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    found = model.look_at(str(tmp_path), "cuda")
+    assert found.linears == {"sm90": 1} and found.experts_refused == {"activations are float32": 1}

@@ -11,7 +11,10 @@ pytest.importorskip("vllm")
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory):
-    """served(model, prompts, **options) -> {"logits": [[T, V] float32], "greedy": [[id]], "log"}"""
+    """served(model, prompts, **options) -> {"logits": [[T, V] float32], "greedy": [[id]], "log"}
+
+    and "steps", the answers to the option `steps`; served.py has the questions.
+    """
     cache = {}
 
     def get(model, prompts, **options):

@@ -2,8 +2,9 @@
 
 Run as a program so that each engine lives and dies in a process of its own:
     python served.py MODEL TOKENS.pt OUT.pt '{"tensor_parallel_size": 2}'
-TOKENS.pt holds a list of token-id lists; OUT.pt receives one float32 [T, V] tensor for each and
-the greedy continuations asked for by "generate" in the options.
+TOKENS.pt holds a list of token-id lists; OUT.pt receives what `conftest.served` returns. Of the
+options, these are not vLLM's: "env", variables to set; "generate", how many tokens to continue
+prompts by; and "steps", further [question, argument] pairs, answered in order by `Served`.
 """
 
 import json
@@ -13,6 +14,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+
+GREEDY_PROMPT = 32
 
 
 class Tap:
@@ -35,11 +38,130 @@ class Tap:
         model.compute_logits = compute_logits
 
 
-def main(model: str, tokens_file: str, out_file: str, options: dict) -> None:
-    from vllm import LLM, SamplingParams
+class Load:
+    """model.load_weights of a checkpoint, as a program would that knows nothing of reloading."""
 
-    prompts = torch.load(tokens_file)
-    generate = options.pop("generate", 0)
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __call__(self, model: torch.nn.Module) -> None:
+        from safetensors.torch import load_file
+
+        model.load_weights(load_file(Path(self.folder) / "model.safetensors").items())
+
+
+def sums_of_experts(model: torch.nn.Module) -> list:
+    """A number for each expert that this rank has, layer by layer."""
+    layers = [m.w13_weight for m in model.modules() if hasattr(m, "w13_weight")]
+    return [code for w in layers for code in w.data.view(torch.uint8).flatten(1).sum(1).tolist()]
+
+
+class Served:
+    """An engine and the questions that tests ask it."""
+
+    def __init__(self, model: str, prompts: list, folder: str, options: dict) -> None:
+        from vllm import LLM
+
+        self.prompts, self.folder = prompts, Path(folder)
+        self.llm = LLM(model, **options)
+        self.llm.apply_model(Tap(folder))
+
+    def ask(self, prompts: list, **params):
+        from vllm import SamplingParams
+
+        prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
+        params = SamplingParams(temperature=0, detokenize=False, ignore_eos=True, **params)
+        return self.llm.generate(prompts, params, use_tqdm=False)
+
+    def logits(self, _=None) -> list:
+        """[T, V] float32 of each prompt, asked alone."""
+        results = []
+        for prompt in self.prompts:
+            for file in self.folder.glob("*.pt"):
+                file.unlink()
+            self.ask([prompt], max_tokens=1, prompt_logprobs=0)
+            files = sorted(self.folder.glob("*.pt"))
+            rank = min(file.name.split("-")[0] for file in files)
+            parts = [torch.load(file) for file in files if file.name.startswith(f"{rank}-")]
+            # The sampler's one row comes before or after the prompt's own rows of a chunk.
+            rows = [part for part in parts if len(part) > 1]
+            last = [part for part in parts if len(part) == 1][-1:]
+            results.append(torch.cat(rows + last)[: len(prompt)])
+        return results
+
+    def greedy(self, count: int) -> list:
+        """`count` tokens after the start of each prompt, all asked together."""
+        outputs = self.ask([p[:GREEDY_PROMPT] for p in self.prompts], max_tokens=count)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def next(self, _=None) -> list:
+        """[V] log-probabilities after each prompt, asked alone; may come from the prefix cache."""
+        outputs = [self.ask([prompt], max_tokens=1, logprobs=-1)[0] for prompt in self.prompts]
+        return [in_order(output.outputs[0].logprobs[0]) for output in outputs]
+
+    def scores(self, together: bool) -> list:
+        """(log-probabilities of a prompt's tokens, of four more after it) for each."""
+        params = {"max_tokens": 4, "prompt_logprobs": 0, "logprobs": -1}
+        groups = [self.prompts] if together else [[prompt] for prompt in self.prompts]
+        found = []
+        for group in groups:
+            for output, prompt in zip(self.ask(group, **params), group, strict=True):
+                pairs = zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
+                own = torch.tensor([logprobs[token].logprob for logprobs, token in pairs])
+                found.append((own, torch.stack(list(map(in_order, output.outputs[0].logprobs)))))
+        return found
+
+    def counters(self, _=None) -> dict:
+        metrics = self.llm.get_metrics()
+        return {metric.name: metric.value for metric in metrics if hasattr(metric, "value")}
+
+    def reload(self, folder: str | None) -> str | None:
+        """vLLM's own reload; the error or None."""
+        options = {"weights_path": folder} if folder else {}
+        return attempt(lambda: self.llm.collective_rpc("reload_weights", kwargs=options))
+
+    def fails(self, question: str) -> str | None:
+        return attempt(getattr(self, question))
+
+    def load(self, folder: str) -> str | None:
+        return attempt(lambda: self.llm.apply_model(Load(folder)))
+
+    def experts(self, _=None) -> list:
+        return self.llm.apply_model(sums_of_experts)
+
+    def nap(self, level: int) -> None:
+        """Sleep and wake; from level 2, which drops the weights, by loading them again."""
+        self.llm.sleep(level=level)
+        if level == 1:
+            self.llm.wake_up()
+        else:
+            self.llm.wake_up(tags=["weights"])
+            self.llm.collective_rpc("reload_weights")
+            self.llm.wake_up(tags=["kv_cache"])
+
+    def lora(self, folder: str | None) -> None:
+        """Prompts from now on go through the adapter; None: no longer."""
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest("adapter", 1, folder) if folder else None
+        original = type(self.llm).generate.__get__(self.llm)
+        self.llm.generate = lambda *args, **kwargs: original(*args, lora_request=request, **kwargs)
+
+
+def in_order(logprobs: dict) -> torch.Tensor:
+    return torch.tensor([logprobs[token].logprob for token in sorted(logprobs)])
+
+
+def attempt(call) -> str | None:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def main(model: str, tokens_file: str, out_file: str, options: dict) -> None:
+    generate, steps = options.pop("generate", 0), options.pop("steps", [])
     options = {
         "quantization": "ue8m0",
         "enforce_eager": True,
@@ -48,43 +170,27 @@ def main(model: str, tokens_file: str, out_file: str, options: dict) -> None:
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
         "disable_log_stats": False,
+        "max_logprobs": -1,
         **options,
     }
-    llm = LLM(model, **options)
-    results, greedy = [], []
     with tempfile.TemporaryDirectory() as folder:
-        llm.apply_model(Tap(folder))
-        for prompt in prompts:
-            for file in Path(folder).glob("*.pt"):
-                file.unlink()
-            params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-            llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
-            files = sorted(Path(folder).glob("*.pt"))
-            ranks = {file.name.split("-")[0] for file in files}
-            rank = min(ranks)
-            parts = [torch.load(file) for file in files if file.name.startswith(f"{rank}-")]
-            # the sampler's last row comes before or after the prompt's own rows
-            rows = max(parts, key=len)
-            last = next((part for part in parts if part is not rows), rows[:0])
-            results.append(torch.cat([rows, last])[: len(prompt)])
-        if generate:
-            params = SamplingParams(
-                max_tokens=generate, temperature=0, detokenize=False, ignore_eos=True
-            )
-            outputs = llm.generate([{"prompt_token_ids": p[:32]} for p in prompts], params)
-            greedy = [list(output.outputs[0].token_ids) for output in outputs]
-    counters = {
-        metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")
-    }
-    accepted = counters.get("vllm:spec_decode_num_accepted_tokens", 0)
-    torch.save({"logits": results, "greedy": greedy, "accepted": accepted}, out_file)
+        served = Served(model, torch.load(tokens_file), folder, options)
+        logits = served.logits()
+        greedy = served.greedy(generate) if generate else []
+        answers = [getattr(served, question)(argument) for question, argument in steps]
+    accepted = served.counters().get("vllm:spec_decode_num_accepted_tokens", 0)
+    torch.save(
+        {"logits": logits, "greedy": greedy, "steps": answers, "accepted": accepted}, out_file
+    )
 
 
 if __name__ == "__main__":
+    given = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
+    os.environ |= given.pop("env", {})
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # Processes of the engine's own would import vLLM twice more, 20 of 35 seconds; the server's
     # and the examples' tests have them.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    main(*sys.argv[1:4], json.loads(sys.argv[4]) if len(sys.argv) > 4 else {})
+    main(*sys.argv[1:4], given)

@@ -1,5 +1,7 @@
 """`bench e2e` with vLLM and the fixture: both sides ours, since stock fp8 asks more of a CPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from harness import FIXTURES, GPU
@@ -9,7 +11,7 @@ from vllm_ue8m0.bench import e2e, e2e_report, e2e_worker
 pytestmark = pytest.mark.vllm
 SETUP = e2e.Setup(
     model=str(FIXTURES / "tiny_deepseek"), layers=2, batches=(1, 3), context=16, steps=6,
-    prefill=(2, 40),
+    prefill=(2, 40), serve=(20, 5),
     engine=(("enforce_eager", True), ("max_num_batched_tokens", 64), ("max_num_seqs", 8)),
 )  # fmt: skip
 
@@ -35,6 +37,18 @@ def test_measuring(monkeypatch, tmp_path, multiprocessing):
         assert found["start_cold"]["memory"] > 0
     # A later call adds to it.
     assert e2e.measure(SETUP, ["prefill"], [], out, None, said.append) == results
+
+
+def test_serving_under_load(monkeypatch, tmp_path):
+    """A server, the extension of its workers, and `vllm bench serve`, which reports every token."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    setup = replace(SETUP, rates=(4.0,), serve_seconds=2)
+    results = e2e.measure(setup, ["serve"], ["ours"], str(tmp_path / "e2e.jsonl"), None, print)
+    (found,) = results["ours"].values()
+    assert found["ttft_us"] > 0 and found["tpot_us"] > 0 and found["requests_per_s"] > 0
+    assert (found["memory"] or 0) > 0 if GPU else found["gpu"] == "CPU"
+    assert [r.bench for r in e2e_report.records(setup, results)] == ["serve_ttft", "serve_tpot"]
 
 
 class Model(torch.nn.Module):

@@ -15,6 +15,8 @@ def test_doctor():
     assert found["vllm"]["platform"] == found["device"] == ("cuda" if GPU else "cpu")
     assert set(found["vllm"]["deep_gemm"]) >= {"gpu", "used"}
     assert None not in found["vllm"]["deep_gemm"].values()
+    assert [one for one in found["self_test"] if one["error"]] == []
+    assert len(found["self_test"]) >= 9 if GPU else found["self_test"] == []
     if not GPU:
         assert found["stock_fp8"]["answer"] == "no"
         assert {k["backend"] for k in found["kernels"] if k["status"] == "chosen"} == {"reference"}

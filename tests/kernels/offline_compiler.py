@@ -46,7 +46,9 @@ def compile_and_print(name, source, gpu, options):
     """Prints "name: kernel, BYTES bytes spilled, ..., instructions of interest"."""
     import triton
 
-    compiled = triton.compile(source, target=gpu, options=options)
+    from vllm_ue8m0.kernels.config import FMA
+
+    compiled = triton.compile(source, target=gpu, options={**FMA, **options})
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -58,6 +60,8 @@ def compile_and_print(name, source, gpu, options):
     spilled = re.search(r"STACK:(\d+)", usage).group(1)
     registers = re.search(r"REG:(\d+)", usage).group(1)
     text = f"{spilled} bytes spilled, {registers} registers, {compiled.metadata.shared} shared"
+    if tensor_memory := getattr(compiled.metadata, "tmem_size", None):
+        text += f", {tensor_memory} tensor columns"
     text = f"{name}: {source.fn.__name__}, {text}, {' '.join(sorted(used))}"
     print(text.rstrip(", "), flush=True)
 

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from checks import NoSynchronization, calc_diff, expert_operands, same_bits
+from checks import NoSynchronization, backends, calc_diff, expert_operands, same_bits
 
-from vllm_ue8m0 import portable, reference
+from vllm_ue8m0 import portable, reference, sm100
 from vllm_ue8m0.kernels import batched_gemm, config, gemm
 
 U8, F32, BF16, F16 = torch.uint8, torch.float32, torch.bfloat16, torch.float16
 ACTIVATIONS = ["ue8m0", "fp32", "none"]
+WITH_SM100 = pytest.mark.parametrize(
+    ("module", "activation_scale"), backends(portable, sm100, activations=ACTIVATIONS)
+)
 BACKENDS = pytest.mark.parametrize("module", [reference, portable], ids=["reference", "portable"])
 # Rows for each of four experts, of so many that there is room for.
 COUNTS = {
@@ -74,13 +77,13 @@ def test_a_row_is_what_experts_makes_of_it(module, device, monkeypatch, kind, ac
         close(got, wanted, activation_scale)
 
 
-@pytest.mark.parametrize("activation_scale", ACTIVATIONS)
+@WITH_SM100
 @pytest.mark.parametrize(
     ("kind", "counts_dtype"), [("few", torch.int32), ("several tiles", torch.int64)]
 )
-def test_like_reference(device, kind, counts_dtype, activation_scale):
+def test_like_reference(module, device, kind, counts_dtype, activation_scale):
     args = [*operands(kind, device, counts_dtype), activation_scale]
-    out = portable.batched_experts(*args)
+    out = module.batched_experts(*args)
     assert out.shape == args[0].shape and out.is_contiguous()
     got, wanted = (rows_of(o, args[7]) for o in (out, reference.batched_experts(*args)))
     close(got, wanted, activation_scale)
@@ -107,12 +110,12 @@ def test_result_is_written_to_out(module, device):
     assert same_bits(rows_of(out, args[7]), rows_of(module.batched_experts(*args), args[7]))
 
 
-@pytest.mark.parametrize("activation_scale", ACTIVATIONS)
-def test_nan_stays_in_its_row(device, activation_scale):
+@WITH_SM100
+def test_nan_stays_in_its_row(module, device, activation_scale):
     args = [*operands("full", device), activation_scale]
-    clean = portable.batched_experts(*args)
+    clean = module.batched_experts(*args)
     args[0][2, 4, 7] = torch.nan
-    out = portable.batched_experts(*args)
+    out = module.batched_experts(*args)
     assert out[2, 4].isnan().all()
     out[2, 4] = clean[2, 4]
     assert same_bits(out, clean)

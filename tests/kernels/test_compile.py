@@ -90,11 +90,25 @@ def test_products_compile(capability):
     for rows in (16, 1024):
         few = capability in OF_FOUR_WARPS and rows == 16
         assert (FP16_DOT if few else DOTS[capability]) in lines[f"gemm {rows}"]
-    assert "gemm bf16" in lines
+    assert "gemm bf16 64" in lines and "gemm bf16 1024" in lines
     # Batch-invariant runs choose among these, by the rows: one kind of instruction.
     for name in ("batched_gemm 64", "grouped_gemm 64", "grouped_gemm 300", "grouped_gemm 1000"):
         kinds = [kind for kind in ("wgmma", "tcgen05.mma", "mma.sync") if kind in lines[name]]
         assert kinds == [OF_FOUR_WARPS.get(capability, "mma.sync")]
+
+
+def test_block_scaled_products():
+    """The tensor cores scale for every tile, and two programs fit into an SM's memories."""
+    lines = report(__file__, 100)
+    scaled = {name: line for name, line in lines.items() if "scaled" in name}
+    assert len(scaled) == 4 * 4 + 4
+    for name, line in scaled.items():
+        instructions = [word for word in line.split() if "mma" in word]
+        assert len(instructions) == 1, f"{name}: {line}"
+        assert instructions[0].startswith("tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale")
+        assert number(line, "bytes spilled") == 0, f"{name}: {line}"
+        assert number(line, "shared") <= SHARED_KIB[100] // 2 * 1024, f"{name}: {line}"
+        assert number(line, "tensor columns") <= 512 // 2, f"{name}: {line}"
 
 
 class Compiler:
@@ -151,11 +165,14 @@ def compile_quantization(build, capability: int) -> None:
     kernel = rms_norm_quant._rms_norm_quant_kernel
     pointers = dict.fromkeys(("x", "residual", "weight", "residual_out", "normed"), BF16)
     pointers |= {"q": BYTES, "s": BYTES}
-    row = {**tile, **plain, "GROUPS": 64, "HAS_RESIDUAL": True, "HAS_NORMED": True}
+    row = {**tile, **plain, "GROUPS": 64, "HAS_RESIDUAL": True}
+    row |= {"HAS_NORMED": True, "QUANTIZE": True}
     del row["ROWS"]
     build("rms_norm_quant", kernel, pointers, row, num_warps=8)
     constants = {**row, "HAS_NORMED": False, "normed": None}
     build("rms_norm_quant fp32", kernel, pointers | {"s": F32}, constants, num_warps=8)
+    constants = {**row, "QUANTIZE": False, "q": None, "s": None}
+    build("rms_norm", kernel, pointers, constants, num_warps=8)
     kernel = weight_quant._weight_quant_kernel
     for name, scale in (("ue8m0", BYTES), ("fp32", F32)):
         pointers = {"w": BF16, "q": BYTES, "s": scale}
@@ -181,9 +198,8 @@ def compile_products(build, capability: int) -> None:
 
     codes = CODES if capability >= 89 else BYTES
 
-    def build_gemm(name, rows, dtype, kernel, pointers, constants):
-        gran = (128, 128)
-        config = gemm.tile_config(rows, dtype, gran)
+    def build_gemm(name, rows, dtype, kernel, pointers, constants, scaled=False, gran=(128, 128)):
+        config = gemm.tile_config(rows, dtype, gran, scaled, capability // 10 not in (9, 10))
         options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
         a = codes if dtype == torch.float8_e4m3fn else BF16
         pointers = {"a": a, "w": codes, "sf": BYTES, "out": BF16, **pointers}
@@ -191,7 +207,7 @@ def compile_products(build, capability: int) -> None:
             pointers["a_s"] = BYTES
         else:
             constants["a_s"] = None
-        flags = {"HAS_C": False, "c": None, "EVEN_K": True, "QUANTIZED": a == codes}
+        flags = {"HAS_C": False, "c": None, "EVEN_K": gran[1] == 128, "QUANTIZED": a == codes}
         grans = {"GRAN_N": gran[0], "GRAN_K": gran[1]}
         build(name, kernel, pointers, {**constants, **flags, **grans, **config}, **options)
 
@@ -199,7 +215,8 @@ def compile_products(build, capability: int) -> None:
     for rows in (16, 1024):
         dtype = torch.float8_e4m3fn
         build_gemm(f"gemm {rows}", rows, dtype, gemm._gemm_kernel, {}, dict(dense))
-    build_gemm("gemm bf16", 64, torch.bfloat16, gemm._gemm_kernel, {}, dict(dense))
+    for rows in (64, 1024):
+        build_gemm(f"gemm bf16 {rows}", rows, torch.bfloat16, gemm._gemm_kernel, {}, dict(dense))
     routed = {"order": I64, "tile_expert": I64, "tile_start": I64, "ends": I64}
     routed["slot_weights"] = F32
     kernel, dtype = grouped_gemm._grouped_gemm_kernel, torch.float8_e4m3fn
@@ -210,9 +227,34 @@ def compile_products(build, capability: int) -> None:
     for rows in (16, 64):
         constants = {"EXPERTS": 32}
         build_gemm(f"batched_gemm {rows}", rows, dtype, kernel, {"counts": I32}, constants)
+    if capability // 10 == 10:
+        compile_block_scaled(build_gemm, dense, routed)
     pointers = {"slots": BF16, "topk_ids": I64, "out": BF16}
     constants = {"TOPK": 8, "BLOCK_N": 1024, "PDL": capability >= 90}
     build("combine", grouped_gemm._combine_kernel, pointers, constants)
+
+
+def compile_block_scaled(build_gemm, dense, routed) -> None:
+    """Products of backend sm100: a number of rows for every tile, and scale grids of cut blocks."""
+    import torch
+
+    from vllm_ue8m0.kernels import batched_gemm, gemm, grouped_gemm
+
+    grouped = grouped_gemm._grouped_gemm_kernel
+    kernels = {
+        "gemm": (gemm._gemm_kernel, {}, dense),
+        "grouped_gemm": (grouped, routed, {"HAS_WEIGHTS": True, "GATHER": False}),
+        "grouped_gemm gathered": (grouped, routed, {"HAS_WEIGHTS": False, "GATHER": True}),
+        "batched_gemm": (batched_gemm._batched_gemm_kernel, {"counts": I32}, {"EXPERTS": 32}),
+    }
+    whole = (128, 128)
+    cases = [(name, rows, whole) for rows in (16, 32, 64, 1024) for name in kernels]
+    cases += [("gemm", rows, gran) for gran in ((32, 32), (48, 64)) for rows in (16, 1024)]
+    for name, rows, gran in cases:
+        kernel, pointers, constants = kernels[name]
+        title = f"scaled {name} {rows}" + ("" if gran == whole else f" {gran}")
+        e4m3, pointers, constants = torch.float8_e4m3fn, dict(pointers), dict(constants)
+        build_gemm(title, rows, e4m3, kernel, pointers, constants, scaled=True, gran=gran)
 
 
 def compile_routing(build) -> None:

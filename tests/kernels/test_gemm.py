@@ -4,11 +4,22 @@ import golden
 import numpy as np
 import pytest
 import torch
-from checks import E4M3, assert_product, random_codes, random_scale, same_bits
+from checks import (
+    BLOCK_SCALING,
+    E4M3,
+    assert_product,
+    backends,
+    integers,
+    random_codes,
+    random_scale,
+    same_bits,
+)
 
-from vllm_ue8m0 import portable, reference
+from vllm_ue8m0 import portable, reference, sm100
 
-BACKENDS = pytest.mark.parametrize("backend", [reference, portable], ids=["reference", "portable"])
+BACKENDS = pytest.mark.parametrize("backend", backends(reference, portable, sm100))
+KERNELS = pytest.mark.parametrize("module", backends(portable, sm100))
+SM100_BYTES = pytest.param(sm100, torch.uint8, marks=BLOCK_SCALING, id="sm100")
 U8, F32, BF16 = torch.uint8, torch.float32, torch.bfloat16
 GRAN = (128, 128)
 
@@ -21,8 +32,8 @@ def operands(M, N, K, device, a_dtype=U8, w_dtype=U8, gran=GRAN, spread=4):
     return a, a_s, w, sf
 
 
-def check(a, a_s, w, sf, gran=GRAN, out_dtype=BF16, c=None, bias=None):
-    out = portable.gemm(a, a_s, w, sf, c, bias, gran, out_dtype)
+def check(a, a_s, w, sf, gran=GRAN, out_dtype=BF16, c=None, bias=None, module=portable):
+    out = module.gemm(a, a_s, w, sf, c, bias, gran, out_dtype)
     assert out.dtype == out_dtype and out.is_contiguous()
     N = w.shape[0]
     scale = 1.0 if c is None else np.repeat(c.double().cpu().numpy(), gran[0])[:N]
@@ -32,10 +43,11 @@ def check(a, a_s, w, sf, gran=GRAN, out_dtype=BF16, c=None, bias=None):
     return out
 
 
+@KERNELS
 @pytest.mark.parametrize("M", [1, 3, 17, 65])
 @pytest.mark.parametrize(("N", "K"), [(192, 192), (70, 300), (192, 320)])
-def test_odd_shapes(device, M, N, K):
-    check(*operands(M, N, K, device))
+def test_odd_shapes(module, device, M, N, K):
+    check(*operands(M, N, K, device), module=module)
 
 
 @pytest.mark.parametrize("M", [3, 33, 129])
@@ -58,21 +70,22 @@ def test_scale_and_output_dtypes(device, M, a_dtype, w_dtype, out_dtype):
 @pytest.mark.parametrize(
     "gran", [(64, 128), (16, 64), (32, 32), (128, 64), (1, 128), (7, 32), (96, 128)]
 )
-@pytest.mark.parametrize(("a_dtype", "w_dtype"), [(U8, U8), (F32, U8)])
-def test_scale_grids(device, gran, a_dtype, w_dtype):
-    check(*operands(17, 100, 160, device, a_dtype, w_dtype, gran), gran)
+@pytest.mark.parametrize(("module", "a_dtype"), [(portable, U8), (portable, F32), SM100_BYTES])
+def test_scale_grids(device, gran, module, a_dtype):
+    check(*operands(17, 100, 160, device, a_dtype, U8, gran), gran, module=module)
 
 
+@KERNELS
 @pytest.mark.parametrize("with_c", [False, True])
 @pytest.mark.parametrize("bias_dtype", [None, BF16, F32])
-def test_row_factor_and_bias(device, with_c, bias_dtype):
+def test_row_factor_and_bias(module, device, with_c, bias_dtype):
     gran = (64, 128)
     a, a_s, w, sf = operands(17, 150, 192, device, gran=gran)
     c = torch.rand(3, device=device) + 1 if with_c else None
     bias = None
     if bias_dtype is not None:
         bias = (torch.randn(150, device=device) * 1e5).to(bias_dtype)
-    check(a, a_s, w, sf, gran, F32, c, bias)
+    check(a, a_s, w, sf, gran, F32, c, bias, module)
 
 
 @pytest.mark.parametrize("w_dtype", [U8, F32])
@@ -105,11 +118,12 @@ def test_codes_as_bytes(device, monkeypatch, M, quantized):
     assert out[:, 5].isnan().all() and not out[:, :5].isnan().any()
 
 
-def test_all_positive(device):
+@KERNELS
+def test_all_positive(module, device):
     """Hopper's fp8 accumulator truncates: summed over all of K it would shrink this by percents."""
     a, a_s, w, sf = operands(65, 128, 2048, device)
     a, w = a.float().abs().to(E4M3), w.float().abs().to(E4M3)
-    check(a, a_s, w, sf)
+    check(a, a_s, w, sf, module=module)
 
 
 @pytest.mark.parametrize(("a_dtype", "w_dtype"), [(U8, U8), (F32, F32)])
@@ -117,26 +131,13 @@ def test_scales_spread_over_80_binades(device, a_dtype, w_dtype):
     check(*operands(17, 192, 300, device, a_dtype, w_dtype, spread=40), out_dtype=F32)
 
 
-def test_zero_groups_and_extreme_codes(device):
+@KERNELS
+def test_zero_groups_and_extreme_codes(module, device):
     a, a_s, w, sf = operands(17, 192, 320, device)
     a.view(U8)[:, 128:256], w.view(U8)[:, :128] = 0, 0
     a.view(U8)[0, 256:], w.view(U8)[0, 256:] = 0x7E, 0xFE  # 448 and -448
     a.view(U8)[1, 256:], w.view(U8)[1, 256:] = 0x01, 0x01  # the smallest subnormal
-    check(a, a_s, w, sf)
-
-
-def integers(M, N, K, device, gran=GRAN, a_dtype=U8, w_dtype=U8):
-    """Small integers and scales 2^k: every partial sum is exact in any order."""
-    a = torch.randint(-2, 3, (M, K), device=device).float().to(E4M3)
-    w = torch.randint(-2, 3, (N, K), device=device).float().to(E4M3)
-    groups = -(-K // gran[1])
-    a_s = torch.randint(125, 130, (M, groups), device=device).to(U8)
-    sf = torch.randint(125, 130, (-(-N // gran[0]), groups), device=device).to(U8)
-    if a_dtype == F32:
-        a_s = torch.ldexp(torch.ones(a_s.shape, device=device), a_s.int() - 127)
-    if w_dtype == F32:
-        sf = torch.ldexp(torch.ones(sf.shape, device=device), sf.int() - 127)
-    return a, a_s, w, sf
+    check(a, a_s, w, sf, module=module)
 
 
 @BACKENDS
@@ -156,13 +157,13 @@ def test_integers_are_exact(backend, device, M, N, K, gran, a_dtype, w_dtype):
     assert torch.equal(backend.gemm(a, a_s, w, sf, None, None, gran, BF16).cpu(), rounded)
 
 
-def pair_products(a_code, w_code, K, sf_bytes, gran_n, device):
+def pair_products(a_code, w_code, K, sf_bytes, gran_n, device, module=portable):
     """Every byte for a against sf_bytes for w, constant codes: out[i, j gran_n] = K a w 2^e."""
     a = torch.full((256, K), a_code, dtype=U8, device=device).view(E4M3)
     w = torch.full((len(sf_bytes) * gran_n, K), w_code, dtype=U8, device=device).view(E4M3)
     a_s = torch.arange(256, dtype=U8, device=device)[:, None]
     sf = torch.tensor(sf_bytes, dtype=U8, device=device)[:, None]
-    out = portable.gemm(a, a_s, w, sf, None, None, (gran_n, 32), F32)
+    out = module.gemm(a, a_s, w, sf, None, None, (gran_n, 32), F32)
     raw = K * golden.E4M3[a_code] * golden.E4M3[w_code]
     exponent = np.arange(256)[:, None] + np.repeat(sf_bytes, gran_n)[None, :] - 254
     with np.errstate(over="ignore"):
@@ -184,6 +185,30 @@ def test_two_bytes_combine_exactly(device, gran_n, a_code, w_code):
     assert (np.abs(out[~normal]) < np.finfo(np.float32).tiny).all()
 
 
+EDGES = [*range(5), 10, 50, 104, *range(125, 130), 190, *range(243, 248), 253, 254, 255]
+
+
+@BLOCK_SCALING
+@pytest.mark.parametrize("gran_n", [1, 128])
+@pytest.mark.parametrize(("a_code", "w_code"), [(0x38, 0x38), (0x7E, 0x7E), (0x01, 0x01)])
+def test_block_scaled_bytes_combine_exactly(device, gran_n, a_code, w_code):
+    """As far as the interpreter goes, which scales each operand, in float32, and multiplies then.
+
+    So a factor may be 2^-136 or 2^127 where the product is a number like 1.
+    """
+    out, wanted = pair_products(a_code, w_code, 32, EDGES, gran_n, device, sm100)
+    with np.errstate(over="ignore"):
+        a, w = (
+            np.ldexp(np.float32(golden.E4M3[code]), np.array(codes) - 127)
+            for code, codes in ((a_code, range(256)), (w_code, np.repeat(EDGES, gran_n)))
+        )
+    held = np.isfinite(a)[:, None] & np.isfinite(w) | np.isnan(wanted)
+    held &= (np.abs(wanted) >= np.finfo(np.float32).tiny) | np.isnan(wanted)
+    near_one = held & (wanted > 2.0**-30) & (wanted < 2.0**30)
+    assert near_one[:5].any() and near_one[243:255].any() and near_one[:, -5 * gran_n :].any()
+    np.testing.assert_array_equal(out[held], wanted[held])
+
+
 @pytest.mark.parametrize("gran_n", [1, 16])
 def test_zero_codes_give_zero_under_any_scale(device, gran_n):
     sf_bytes = [0, 1, 127, 253, 254]
@@ -192,20 +217,25 @@ def test_zero_codes_give_zero_under_any_scale(device, gran_n):
     assert np.isnan(out[255]).all()
 
 
-@pytest.mark.parametrize("a_dtype", [U8, F32])
+@pytest.mark.parametrize(("module", "a_dtype"), [(portable, U8), (portable, F32), SM100_BYTES])
 @pytest.mark.parametrize("M", [17, 65])
-def test_nan_stays_in_its_row(device, M, a_dtype):
+def test_nan_stays_in_its_row(module, device, M, a_dtype):
     a, a_s, w, sf = operands(M, 192, 300, device, a_dtype)
-    clean = portable.gemm(a, a_s, w, sf, None, None, GRAN, BF16)
+    clean = module.gemm(a, a_s, w, sf, None, None, GRAN, BF16)
     a.view(U8)[2, 5] = 0x7F
     if a_dtype == U8:
         a_s[0, 1] = 255
     else:
         a_s[0, 1] = torch.nan
-    out = portable.gemm(a, a_s, w, sf, None, None, GRAN, BF16)
+    out = module.gemm(a, a_s, w, sf, None, None, GRAN, BF16)
     assert out[[0, 2]].isnan().all()
     keep = [m for m in range(M) if m not in (0, 2)]
     assert torch.equal(out[keep], clean[keep])
+    w.view(U8)[7, 299], sf[1, 2] = 0xFF, 255
+    out = module.gemm(a, a_s, w, sf, None, None, GRAN, BF16)
+    assert out[:, [7, *range(128, 192)]].isnan().all()
+    rest = [n for n in range(128) if n != 7]
+    assert torch.equal(out[keep][:, rest], clean[keep][:, rest])
 
 
 def test_batch_invariant_tiles(monkeypatch):
@@ -217,6 +247,10 @@ def test_batch_invariant_tiles(monkeypatch):
     for dtype in (E4M3, BF16, torch.float16):
         for M in (1, 17, 40, 64, 300, 5000):
             assert tile_config(M, dtype, GRAN)["BLOCK_M"] >= 64
+            of_one_warp = [tile_config(rows, dtype, GRAN, one_warp=True) for rows in (1, M)]
+            assert len({config["BLOCK_K"] for config in of_one_warp}) == 1  # added up at once
+    # Not known of sm_100: there all rows have one tile.
+    assert tile_config(1, E4M3, GRAN, True) == tile_config(5000, E4M3, GRAN, True)
 
 
 def test_deterministic(device):
@@ -256,6 +290,7 @@ def test_offsets_beyond_32_bits(device, monkeypatch):
         del far
 
 
-def test_empty(device):
+@KERNELS
+def test_empty(module, device):
     a, a_s, w, sf = operands(3, 192, 320, device)
-    assert portable.gemm(a[:0], a_s[:0], w, sf, None, None, GRAN, BF16).shape == (0, 192)
+    assert module.gemm(a[:0], a_s[:0], w, sf, None, None, GRAN, BF16).shape == (0, 192)

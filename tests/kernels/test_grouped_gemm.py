@@ -4,7 +4,7 @@ import golden
 import numpy as np
 import pytest
 import torch
-from checks import assert_product, random_codes, random_scale, same_bits
+from checks import BLOCK_SCALING, assert_product, random_codes, random_scale, same_bits
 
 from vllm_ue8m0 import portable
 from vllm_ue8m0.kernels import gemm, grouped_gemm
@@ -12,6 +12,8 @@ from vllm_ue8m0.kernels import gemm, grouped_gemm
 U8, F32, BF16 = torch.uint8, torch.float32, torch.bfloat16
 GRAN = (128, 128)
 E = 5
+BY_TENSOR_CORES = pytest.param(True, marks=BLOCK_SCALING, id="block_scaled")
+SCALED = pytest.mark.parametrize("scaled", [pytest.param(False, id="promoted"), BY_TENSOR_CORES])
 
 
 def routings(M: int, topk: int) -> dict[str, torch.Tensor]:
@@ -61,17 +63,17 @@ def operands(rows, N, K, device, a_dtype=U8, w_dtype=U8, gran=GRAN):
     return a, a_s, w, random_scale(E, *grid, dtype=w_dtype, device=device)
 
 
-def run(a, a_s, w, sf, c, gran, ids, weights, gather, out_dtype):
+def run(a, a_s, w, sf, c, gran, ids, weights, gather, out_dtype, scaled):
     slots, topk = ids.numel(), ids.shape[1]
-    config = gemm.tile_config(-(-slots // E), a.dtype, gran)
+    config = gemm.tile_config(-(-slots // E), a.dtype, gran, scaled)
     order, tiles = portable.products._route(ids, E, config["BLOCK_M"])
     out = torch.empty(slots, w.shape[1], dtype=out_dtype, device=a.device)
     grouped_gemm.launch(a, a_s, w, sf, c, gran, order, weights, tiles, topk, gather, config, out)
     return out, order
 
 
-def check(a, a_s, w, sf, c, gran, ids, weights, gather, out_dtype=BF16):
-    out, order = run(a, a_s, w, sf, c, gran, ids, weights, gather, out_dtype)
+def check(a, a_s, w, sf, c, gran, ids, weights, gather, out_dtype=BF16, scaled=False):
+    out, order = run(a, a_s, w, sf, c, gran, ids, weights, gather, out_dtype, scaled)
     a64 = a.double().cpu().numpy() if a_s is None else golden.dequantize(a, a_s, (1, gran[1]))
     flat, order, written = ids.flatten().tolist(), order.tolist(), []
     for e in range(E):
@@ -93,26 +95,35 @@ def check(a, a_s, w, sf, c, gran, ids, weights, gather, out_dtype=BF16):
     assert out[skipped].isnan().all()  # as poisoned
 
 
+@SCALED
 @pytest.mark.parametrize("gather", [True, False], ids=["gate_up", "down"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("M", "topk"), [(1, 1), (17, 3)])
-def test_routings(device, M, topk, kind, gather):
+def test_routings(device, M, topk, kind, gather, scaled):
     ids = routings(M, topk)[kind].to(device)
     weights = None if gather else torch.rand(M * topk, device=device)
     rows = M if gather else M * topk
-    check(*operands(rows, 70, 192, device), None, GRAN, ids, weights, gather)
+    check(*operands(rows, 70, 192, device), None, GRAN, ids, weights, gather, scaled=scaled)
 
 
 @pytest.mark.parametrize("gather", [True, False], ids=["gate_up", "down"])
-@pytest.mark.parametrize(("a_dtype", "w_dtype"), [(U8, F32), (F32, U8), (F32, F32)])
+@pytest.mark.parametrize(
+    ("a_dtype", "w_dtype", "scaled"),
+    [
+        (U8, F32, False),
+        (F32, U8, False),
+        (F32, F32, False),
+        pytest.param(U8, U8, True, marks=BLOCK_SCALING),
+    ],
+)
 @pytest.mark.parametrize("gran", [GRAN, (16, 64)])
-def test_scales_and_row_factors(device, gran, a_dtype, w_dtype, gather):
+def test_scales_and_row_factors(device, gran, a_dtype, w_dtype, scaled, gather):
     ids = routings(9, 2)["some_skipped"].to(device)
     rows = 9 if gather else 18
     c = torch.rand(E, -(-100 // gran[0]), device=device) + 1
     args = operands(rows, 100, 160, device, a_dtype, w_dtype, gran)
     weights = torch.rand(18, device=device).to(BF16)
-    check(*args, c, gran, ids.to(torch.int32), weights, gather, F32)
+    check(*args, c, gran, ids.to(torch.int32), weights, gather, F32, scaled)
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, F32])
@@ -123,12 +134,13 @@ def test_activations_not_quantized(device, dtype):
     check(a, None, w, sf, None, GRAN, ids, None, True, F32)
 
 
+@SCALED
 @pytest.mark.parametrize(("M", "topk"), [(40, 3), (100, 3), (200, 3), (900, 3)])
-def test_tall_tiles(device, M, topk):
+def test_tall_tiles(device, M, topk, scaled):
     """Every tile height above 16, with more rows than one tile for one expert."""
     ids = routings(M, topk)["spread"].to(device)
     ids[: M // 2] = 1
-    check(*operands(M, 40, 128, device), None, GRAN, ids, None, True)
+    check(*operands(M, 40, 128, device), None, GRAN, ids, None, True, scaled=scaled)
 
 
 def test_combine_sums_in_slot_order(device):

@@ -1,4 +1,4 @@
-"""The portable backend's linear and experts as a whole."""
+"""The portable backend's linear and experts as a whole, and sm100's, which are built on them."""
 
 import golden
 import numpy as np
@@ -8,6 +8,7 @@ from checks import (
     E4M3,
     NoSynchronization,
     assert_product,
+    backends,
     calc_diff,
     expert_operands,
     random_codes,
@@ -15,25 +16,29 @@ from checks import (
     same_bits,
 )
 
-from vllm_ue8m0 import portable, reference
+from vllm_ue8m0 import portable, reference, sm100
 from vllm_ue8m0.kernels import grouped_gemm
 
 U8, F32, BF16 = torch.uint8, torch.float32, torch.bfloat16
 GRAN = (128, 128)
 ACTIVATIONS = ["ue8m0", "fp32", "none"]
+BACKENDS = pytest.mark.parametrize("module", backends(reference, portable, sm100))
+KERNELS = pytest.mark.parametrize(
+    ("module", "activation_scale"), backends(portable, sm100, activations=ACTIVATIONS)
+)
 
 
-@pytest.mark.parametrize("activation_scale", ACTIVATIONS)
+@KERNELS
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize(("M", "gran"), [(1, GRAN), (17, (64, 64))])
-def test_linear(device, M, gran, dtype, activation_scale):
+def test_linear(module, device, M, gran, dtype, activation_scale):
     N, K = 150, 300
     x = torch.randn(M, K, device=device).to(dtype)
     w, bias = random_codes(N, K, device=device), torch.randn(N, device=device).to(dtype)
     grid = -(-N // gran[0]), -(-K // gran[1])
     sf = random_scale(*grid, dtype=U8, device=device)
     c = torch.rand(grid[0], device=device) + 1
-    out = portable.linear(x, w, sf, c, bias, gran, activation_scale)
+    out = module.linear(x, w, sf, c, bias, gran, activation_scale)
     assert out.dtype == dtype
     if activation_scale == "none":
         a = x.double().cpu().numpy()
@@ -51,8 +56,8 @@ def test_linear_of_no_rows(device):
         assert portable.linear(x, w, sf, None, None, GRAN, activation_scale).shape == (0, 70)
 
 
-def close_to_reference(args, activation_scale, weight_on_input=False):
-    out = portable.experts(*args, activation_scale, weight_on_input)
+def close_to_reference(args, activation_scale, weight_on_input=False, module=portable):
+    out = module.experts(*args, activation_scale, weight_on_input)
     wanted = reference.experts(*args, activation_scale, weight_on_input)
     assert out.dtype == wanted.dtype and out.shape == wanted.shape and out.is_contiguous()
     assert wanted.float().abs().max() > 0
@@ -100,10 +105,10 @@ def test_experts_stage_by_stage(device, monkeypatch, M, topk, activation_scale):
     assert same_bits(out, wanted.to(BF16))
 
 
-@pytest.mark.parametrize("activation_scale", ACTIVATIONS)
+@KERNELS
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("kind", ["some_skipped", "one_expert", "all_skipped"])
-def test_experts_like_reference(device, kind, ids_dtype, activation_scale):
+def test_experts_like_reference(module, device, kind, ids_dtype, activation_scale):
     args = expert_operands(9, 2, device)
     ids = args[8].to(ids_dtype)
     if kind == "some_skipped":
@@ -112,9 +117,9 @@ def test_experts_like_reference(device, kind, ids_dtype, activation_scale):
         ids[:] = 3 if kind == "one_expert" else -1
     args[8] = ids
     if kind == "all_skipped":
-        assert (portable.experts(*args, activation_scale, False) == 0).all()
+        assert (module.experts(*args, activation_scale, False) == 0).all()
     else:
-        out = close_to_reference(args, activation_scale)
+        out = close_to_reference(args, activation_scale, module=module)
         assert kind != "some_skipped" or (out[2] == 0).all()
 
 
@@ -149,7 +154,7 @@ def test_experts_of_float32_against_float64(device):
     np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("module", [reference, portable], ids=["reference", "portable"])
+@BACKENDS
 @pytest.mark.parametrize("activation_scale", ACTIVATIONS)
 def test_experts_of_integers_are_exact(module, device, activation_scale):
     """gate = 32, so silu rounds to 32; up in [-4, 4]: every step is exact but two roundings."""
@@ -184,7 +189,7 @@ def test_experts_of_integers_are_exact(module, device, activation_scale):
         assert same_bits(out, wanted.to(device))
 
 
-@pytest.mark.parametrize("module", [reference, portable], ids=["reference", "portable"])
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_experts_of_other_ranks(module, device, dtype):
     """expert_map translates ids of 11 experts; elsewhere, padding and unknown ones are -1."""
@@ -203,13 +208,13 @@ def test_experts_of_other_ranks(module, device, dtype):
     assert same_bits(out, wanted)
 
 
-@pytest.mark.parametrize("activation_scale", ACTIVATIONS)
-def test_experts_nan_stays_in_its_token_and_repeats_are_equal(device, activation_scale):
+@KERNELS
+def test_experts_nan_stays_in_its_token_and_repeats_are_equal(module, device, activation_scale):
     args = expert_operands(9, 2, device)
-    clean = [portable.experts(*args, activation_scale, False) for _ in range(3)]
+    clean = [module.experts(*args, activation_scale, False) for _ in range(3)]
     assert same_bits(clean[0], clean[1]) and same_bits(clean[0], clean[2])
     args[0][4, 7] = torch.nan
-    out = portable.experts(*args, activation_scale, False)
+    out = module.experts(*args, activation_scale, False)
     assert out[4].isnan().all()
     keep = [0, 1, 2, 3, 5, 6, 7, 8]
     assert torch.equal(out[keep], clean[0][keep])

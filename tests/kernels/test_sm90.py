@@ -353,3 +353,20 @@ def test_deepgemm_has_the_same_bits(sm90, N, K, monkeypatch):
         deep_gemm.fp8_gemm_nt((a, to_layout(floats[0], "mn_major")), (w, floats[1]), out)
         ours = sm90.gemm(a, a_s, w, sf, None, None, GRAN, BF16)
         assert same_bits(ours, out), f"M = {M}"
+
+
+def test_counters_outlast_the_pool_of_the_weights():
+    """vLLM's sleep mode drops what is in that pool, in which a warm-up runs."""
+    from vllm_ue8m0.sm90.counters import counters
+
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        w = torch.empty(1 << 20, device="cuda")
+        count = counters(w, 100)
+    segments = [(s["address"], s["total_size"]) for s in pool.snapshot()]
+
+    def inside(tensor):
+        return any(start <= tensor.data_ptr() < start + size for start, size in segments)
+
+    assert inside(w) and not inside(count)
+    assert count.numel() >= 100 and not count.any()

@@ -11,20 +11,25 @@ from offline_compiler import report, target
 
 GPU = "NVIDIA H100 80GB HBM3"  # there is a table for it
 NO_TABLE = "a GPU without a table"
+B200 = "NVIDIA B200"  # backend sm100; sm90 elsewhere
 # N, K of w; activation scales; dtype of w's; GPU
 LINEAR = (
     (2112, 7168, "ue8m0", "u8", GPU),
     (7168, 2048, "ue8m0", "u8", NO_TABLE),
     (24576, 1536, "fp32", "f32", GPU),
     (4608, 7168, "none", "u8", GPU),  # portable
+    (2112, 7168, "ue8m0", "u8", B200),
+    (24576, 1536, "ue8m0", "f32", B200),  # portable
 )
-# experts here, of all; intermediate size, top k; scales
+# experts here, of all; intermediate size, top k; scales; GPU
 EXPERTS = (
-    (256, 256, 2048, 8, "ue8m0"),
-    (32, 256, 2048, 8, "fp32"),
-    (256, 256, 256, 8, "none"),  # portable
-    (8, 8, 1408, 2, "ue8m0"),
-    (60, 60, 1472, 4, "ue8m0"),  # portable
+    (256, 256, 2048, 8, "ue8m0", GPU),
+    (32, 256, 2048, 8, "fp32", GPU),
+    (256, 256, 256, 8, "none", GPU),  # portable
+    (8, 8, 1408, 2, "ue8m0", GPU),
+    (60, 60, 1472, 4, "ue8m0", GPU),  # portable
+    (60, 60, 1472, 4, "ue8m0", B200),
+    (256, 256, 2048, 8, "fp32", B200),  # portable
 )
 MOST = 9000
 
@@ -63,7 +68,7 @@ def main() -> None:
 
     import torch
 
-    from vllm_ue8m0 import sm90, warmup
+    from vllm_ue8m0 import sm90, sm100, warmup
     from vllm_ue8m0.kernels import (
         act_quant,
         decode_gemm,
@@ -113,7 +118,11 @@ def main() -> None:
 
     for module in (experts, products):
         module.counters = counters
-    warmup._compiling = lambda op, device: sm90
+
+    def run_on(gpu):
+        backend = sm100 if gpu == B200 else sm90
+        warmup._compiling = lambda op, device: backend
+
     dtypes = {"u8": torch.uint8, "f32": torch.float32}
     random.seed(0)
     rows = [*range(1, 300), *random.sample(range(300, MOST), 200)]
@@ -123,10 +132,12 @@ def main() -> None:
             module.device_of = lambda index, gpu=gpu: (gpu, 132)
         hopper_config.decode_config.cache_clear()
         hopper_config.prefill_config.cache_clear()
+        run_on(gpu)
         w, s = zeros(N, K, dtype=e4m3), zeros(-(-N // 128), K // 128, dtype=dtypes[sf])
         operator = warmup.linear(torch.bfloat16, w, s, None, None, gran, scale, MOST)
         check(number, operator, seen, rows)
-    for number, (E, num_global, inner, topk, scale) in enumerate(EXPERTS, len(LINEAR)):
+    for number, (E, num_global, inner, topk, scale, gpu) in enumerate(EXPERTS, len(LINEAR)):
+        run_on(gpu)
         w13, w2 = zeros(E, 2 * inner, 512, dtype=e4m3), zeros(E, 512, inner, dtype=e4m3)
         s13 = zeros(E, -(-2 * inner // 128), 4, dtype=torch.uint8)
         s2 = zeros(E, 4, -(-inner // 128), dtype=torch.uint8)

@@ -58,15 +58,15 @@ def checkpoint(hidden=256, c=1.0, spread=0.0):
     return weights
 
 
-def create(moe, prefix="experts", **options):
-    """A method and its layer, with weights not loaded yet."""
+def create(moe, prefix="experts", load=lambda *a: None, **options):
+    """A method and its layer, with weights not loaded yet; load: the loader of them all."""
     config = Ue8m0Config.from_config(
         {"quant_method": "fp8", "weight_block_size": [128, 128], **options}
     )
     method, layer = Ue8m0MoEMethod(config, moe, prefix), Layer(moe)
     method.create_weights(
         layer, moe.num_local_experts, moe.hidden_dim, INNER, torch.bfloat16,
-        weight_loader=lambda *a: None, unpadded_hidden_size=moe.hidden_dim_unpadded,
+        weight_loader=load, unpadded_hidden_size=moe.hidden_dim_unpadded,
     )  # fmt: skip
     return method, layer
 

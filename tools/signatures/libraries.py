@@ -97,7 +97,7 @@ VLLM = Library(
         "vllm_ue8m0/plugin/experts.py": {
             "expert_tokens_meta": Object(f"{_MOE}.modular_kernel.ExpertTokensMetadata"),
         },
-        "vllm_ue8m0/plugin/linear.py": {
+        "vllm_ue8m0/plugin/loading.py": {
             "config": Object("vllm.config.VllmConfig"),
             "config.load_config": Object("vllm.config.LoadConfig"),
         },

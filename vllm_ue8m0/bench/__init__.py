@@ -8,7 +8,7 @@ gemm.py      the products' cases, gemm_peers.py beside them
 moe.py       the routed experts' cases, tokens drawn by routing.py, moe_peers.py beside them
 e2e.py       serving: vLLM started with our method and with its own, each in processes of its own
              (e2e_engine.py; e2e_worker.py in vLLM's workers, e2e_split.py for the kernels of a
-             step), shown by e2e_report.py
+             step; e2e_serve.py for a server under load), shown by e2e_report.py
 run.py       a case -> a record: check first, then time; machine.py says where
 timing.py    how time is taken, the same for ours, peers and what bounds them: of quantizers a
              copy (limit.py), of products a roof (roof.py)
@@ -27,7 +27,7 @@ GEMM_BENCHES = ("prefill_gemm", "middle_gemm", "decode_gemm", "decode_linear")
 MOE_LAYERS = ("tp1_uniform", "tp1_skewed", "tp1_single", "tp8_uniform", "ep8_uniform")
 
 
-E2E_BENCHES = ("start_cold", "start_warm", "prefill", "decode_step")
+E2E_BENCHES = ("start_cold", "start_warm", "prefill", "decode_step", "serve")
 E2E_SIDES = ("ours", "vllm_fp8")
 
 

@@ -7,9 +7,11 @@ config.json without weights; e2e_worker.py fills both sides with the same random
   start_warm    the same with what the start before has left in them
   decode_step   GPU time of a step of `batch` rows; decode_part is what kernels of a kind have of it
   prefill       8 prompts of 2,048 tokens, until each has its first token
+  serve         time to the first token and per token after it, as `vllm bench serve` sees them at
+                `rates` requests a second
 
-in one start after the other (e2e_engine.py). What a side has measured is kept beside the results,
-so that its measurements can be divided over several calls.
+in one start after the other (e2e_engine.py; for serve e2e_serve.py). What a side has measured is
+kept beside the results, so that its measurements can be divided over several calls.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import E2E_BENCHES, E2E_SIDES, BenchError
+from . import E2E_BENCHES, E2E_SIDES, BenchError, e2e_serve
 
 CONFIG = Path(__file__).with_name("deepseek_v31.json")
 QUANTIZATION = dict(zip(E2E_SIDES, ("ue8m0", "fp8"), strict=True))
@@ -52,7 +54,8 @@ class Setup:
     """What both sides run.
 
     model: a directory with a config.json, None for DeepSeek-V3.1. routing: "uniform_random" or
-    "router". engine: arguments for vLLM besides.
+    "router". engine: arguments for vLLM besides. serve: tokens of a prompt and of its answer, sent
+    for `serve_seconds` at each of the rates.
     """
 
     model: str | None = None
@@ -63,6 +66,9 @@ class Setup:
     context: int = 256
     steps: int = 50
     prefill: tuple[int, int] = PREFILL
+    serve: tuple[int, int] = (1024, 128)
+    rates: tuple[float, ...] = (2.0, 32.0)
+    serve_seconds: float = 20.0
     engine: tuple[tuple[str, Any], ...] = ()
 
     def config(self) -> dict[str, Any]:
@@ -85,7 +91,7 @@ class Setup:
             "tensor_parallel_size": self.tp,
             "max_num_seqs": max(MAX_SEQS, *self.batches, prompts),
             "max_num_batched_tokens": MAX_BATCHED_TOKENS,
-            "max_model_len": max(tokens, self.context + 2 * self.steps + 256) + 64,
+            "max_model_len": max(tokens, self.context + 2 * self.steps + 256, sum(self.serve)) + 64,
             "enable_prefix_caching": False,
             **dict(self.engine),
         }
@@ -119,7 +125,7 @@ def measure(
 
 def _plain(setup: Setup) -> Any:
     """Without what calls may divide; as JSON has it."""
-    return json.loads(json.dumps(asdict(replace(setup, batches=()))))
+    return json.loads(json.dumps(asdict(replace(setup, batches=(), rates=()))))
 
 
 def _kept(path: Path | None, setup: Setup) -> dict[str, Any]:
@@ -149,7 +155,9 @@ def _side(
                 "start_warm needs caches: measure start_cold too, or give --caches of a run of it"
             )
         own = bool({"start_cold", "start_warm"} & {*wanted}) or caches is not None
-        starts = [bench for bench in ("start_cold", "start_warm") if bench in wanted] or [""]
+        starts = [bench for bench in ("start_cold", "start_warm") if bench in wanted]
+        if not starts and _names(wanted):
+            starts = [""]
         for start in starts:
             others = wanted if start == starts[-1] else ()
             say(f"{side}: {' and '.join(filter(None, (start, *_names(others))))}")
@@ -161,25 +169,48 @@ def _side(
             for batch, one in result.get("decode", {}).items():
                 found[f"decode_step {batch}"] = every | one
             yield found
+        if "serve" in wanted:
+            say(f"{side}: serve, {', '.join(f'{rate:g}' for rate in setup.rates)} requests/s")
+            yield from _serve(setup, side, where if own else None, Path(folder))
 
 
 def _names(wanted: Sequence[str]) -> list[str]:
-    return [bench for bench in wanted if not bench.startswith("start")]
+    """What is measured in a start, besides the start."""
+    return [bench for bench in wanted if bench in ("prefill", "decode_step")]
+
+
+def _serve(setup: Setup, side: str, caches: Path | None, folder: Path) -> Iterator[dict[str, Any]]:
+    """Results by "serve rate", in one start."""
+    engine = setup.vllm_arguments(side, str(_model(setup, folder)))
+    env, loads = _environment(setup, caches), [(rate, setup.serve_seconds) for rate in setup.rates]
+    vocabulary = setup.config()["vocab_size"]
+    measured = e2e_serve.measure(engine, vocabulary, env, setup.serve, loads)
+    try:
+        for rate, result in zip(setup.rates, measured, strict=True):
+            yield {f"serve {rate:g}": result}
+    except BenchError as error:
+        raise BenchError(f"{side}: {error}") from error
+
+
+def _model(setup: Setup, folder: Path) -> Path:
+    """The model's directory, without weights."""
+    model = folder / "model"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text(json.dumps(setup.config()))
+    return model
 
 
 def _run(
     setup: Setup, side: str, wanted: Sequence[str], caches: Path | None, folder: Path, say: Say
 ) -> dict[str, Any]:
     """One process; what it measured, with the phases of its start."""
-    config, model = setup.config(), folder / "model"
-    model.mkdir(exist_ok=True)
-    (model / "config.json").write_text(json.dumps(config))
+    model = _model(setup, folder)
     out, error, job_file = (folder / name for name in ("out.json", "error", "job.json"))
     out.unlink(missing_ok=True)
     job = {
         "engine": setup.vllm_arguments(side, str(model)),
         "begun": time.time(),
-        "vocabulary": config["vocab_size"],
+        "vocabulary": setup.config()["vocab_size"],
         "decode": list(setup.batches) if "decode_step" in wanted else [],
         "context": setup.context,
         "steps": setup.steps,

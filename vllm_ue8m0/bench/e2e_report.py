@@ -51,6 +51,13 @@ def records(setup: Setup, results: Results) -> Iterator[Record]:
             times, gpu = ([r.get(kind) for r in both] for kind in ("wall_us", "gpu_us"))
             context = {"ours on the GPU": gpu[0], f"{PEER} on the GPU": gpu[1]}
             yield record(bench, prompts * tokens, shared, times, context, one["gpu"])
+        elif bench == "serve":
+            tokens_in, tokens_out = setup.serve
+            load: Variant = {"rate": f"{batch}/s", "input": tokens_in, "output": tokens_out}
+            for kind in ("ttft", "tpot"):
+                times, p99 = ([r.get(f"{kind}{of}_us") for r in both] for of in ("", "_p99"))
+                context = {"ours, 99 %": p99[0], f"{PEER}, 99 %": p99[1]}
+                yield record(f"serve_{kind}", None, {**load, **shared}, times, context, one["gpu"])
         else:
             variant: Variant = {"batch": int(batch), **shared}
             times, wall = ([r.get(kind) for r in both] for kind in ("gpu_us", "wall_us"))
@@ -64,7 +71,7 @@ def records(setup: Setup, results: Results) -> Iterator[Record]:
 
 
 def details(results: Results) -> str:
-    """Where the seconds of starts went, and the kernels of a decode step that take the most."""
+    """Seconds of starts by phase, the most expensive kernels of decode steps, answers a second."""
     lines: list[str] = []
     for side, found in results.items():
         for name, one in found.items():
@@ -73,6 +80,8 @@ def details(results: Results) -> str:
                 memory = f", {held / 2**30:.2f} GiB beside the KV cache" if held else ""
                 lines.append(f"{side} {name}: {one['start_s']:.1f} s{memory}")
                 lines += [f"  {seconds:8.1f} s  {what}" for what, seconds in one["phases"].items()]
+            if name.startswith("serve"):
+                lines.append(f"{side} {name}: {one['requests_per_s']:.2f} requests/s answered")
             lines += _kernels(f"{side} {name}", one)
     for name, one in results.get(OURS, {}).items():
         both = [_others(one), _others(results.get(PEER, {}).get(name, {}))]

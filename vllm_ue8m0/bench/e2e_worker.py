@@ -73,6 +73,16 @@ def _fill(last: str, name: str, data: torch.Tensor, generator: torch.Generator) 
     return True
 
 
+class Extension:
+    """For vLLM's `--worker-extension-cls`: what a server's workers can be asked to do by name."""
+
+    def ue8m0_fill(self) -> int:
+        return fill(self)
+
+    def ue8m0_describe(self) -> dict[str, Any]:
+        return describe(self)
+
+
 class Watch:
     """Steps [rows, start, end] of a model runner; a profile of some of them."""
 

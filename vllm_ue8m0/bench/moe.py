@@ -22,6 +22,7 @@ from types import ModuleType
 import torch
 
 from .. import reference
+from ..agreement import EXPERTS_DIFF
 from ..codec import scale_to_float
 from ..formats import BLOCK
 from . import MOE_LAYERS, gate, moe_peers, routing
@@ -127,9 +128,7 @@ def experts(backend: ModuleType, layer: Layer, kind: str, tokens: int, quick: bo
         min_copies=SMALL_DRAWS if tokens <= SMALL_TOKENS else MIN_COPIES,
         inputs=inputs,
         ours=partial(call, backend),
-        check=partial(
-            gate.check_product, partial(call, reference), sample, tolerance=gate.EXPERTS_DIFF
-        ),
+        check=partial(gate.check_product, partial(call, reference), sample, tolerance=EXPERTS_DIFF),
         agree=partial(gate.agree_product, sample, gate.SAME_VALUES),
         implementation=f"{backend.__name__.rpartition('.')[2]} experts",
         variant={

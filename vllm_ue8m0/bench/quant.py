@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from .. import reference
+from ..agreement import INEXACT
 from ..formats import BLOCK
 from ..layouts import ceil_div
 from . import gate, peers
@@ -105,7 +106,7 @@ def silu_mul_quant(backend: ModuleType, M: int, width: int, scale: str = "ue8m0"
         call,
         gate.sample_rows((gate.rows_of(M),), ("gate_up",)),
         peers.silu_mul_quant(ue8m0),
-        tolerance=gate.INEXACT,
+        tolerance=INEXACT,
         bench="silu_mul_quant",
         M=M,
         K=width,
@@ -137,7 +138,7 @@ def masked_silu_mul_quant(backend: ModuleType, experts: int, rows: int, width: i
         call,
         gate.sample_rows((expert, row), ("gate_up",), drop=("counts",)),
         peers.masked_silu_mul_quant(),
-        tolerance=gate.INEXACT,
+        tolerance=INEXACT,
         bench="silu_mul_quant",
         M=M,
         K=width,
@@ -177,7 +178,7 @@ def rms_norm_quant(
         call,
         gate.sample_rows((gate.rows_of(M),), ("x", "residual"), results),
         peers.rms_norm_quant(ue8m0, EPS),
-        tolerance=gate.INEXACT,
+        tolerance=INEXACT,
         bench="rms_norm_quant",
         M=M,
         K=K,

@@ -6,9 +6,10 @@ knowing in a bug report.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from .ask_kernels import Checked
 from .ask_vllm import Vllm
 from .facts import ENTRY_POINT, Facts, Kernel
 from .model import Model
@@ -245,7 +246,30 @@ def of_model(model: Model) -> Found:
         )
 
 
-def find(facts: Facts, vllm: Vllm | None, model: Model | None) -> list[Problem]:
+def of_self_test(checked: Sequence[Checked]) -> Found:
+    """Kernels that do not give here what plain torch gives."""
+    wrong: dict[str, list[str]] = {}
+    for one in checked:
+        if one.no_memory:
+            yield Problem(
+                f"the self-test had no memory on the GPU for {one.operator} on {one.backend}",
+                "stop what else runs there, or leave the test out: --no-self-test",
+                broken=False,
+            )
+        elif one.error is not None:
+            wrong.setdefault(one.backend, []).append(f"{one.operator}, {one.error}")
+    for backend, errors in wrong.items():
+        other = "portable" if backend == "sm90" else "reference: plain torch, slow"
+        yield Problem(
+            f"the {backend} kernels are wrong on this machine: {'; '.join(errors)}",
+            f"set UE8M0_BACKEND={other}; report it with this output",
+        )
+
+
+def find(
+    facts: Facts, vllm: Vllm | None, model: Model | None, checked: Sequence[Checked] = ()
+) -> list[Problem]:
     """Every problem, those of the installation first."""
     found = [problem for check in CHECKS for problem in check(facts, vllm)]
+    found += of_self_test(checked)
     return [*found, *(of_model(model) if model is not None else ())]

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from textwrap import wrap
 from typing import Any
 
+from . import ask_kernels
 from . import facts as facts_module
 from . import model as model_module
+from .ask_kernels import Checked, Say
 from .ask_vllm import Question, StockFp8, Vllm, stock_fp8
 from .facts import Facts, Kernel
 from .model import Model
@@ -20,13 +22,17 @@ _TIE = "\xa0"  # a space at which wrap breaks no line
 
 @dataclass(frozen=True)
 class Report:
-    """vllm: None if it is not installed. model: None if none was asked about."""
+    """vllm: None if it is not installed. model: None if none was asked about.
+
+    self_test: None if it was left out; empty where no kernels are to be held against plain torch.
+    """
 
     facts: Facts
     vllm: Vllm | None
     stock_fp8: StockFp8
     model: Model | None
     problems: list[Problem]
+    self_test: list[Checked] | None = None
 
     @property
     def works(self) -> bool:
@@ -41,19 +47,25 @@ class Report:
             **asdict(self.facts),
             "vllm": asdict(self.vllm) if self.vllm else None,
             "stock_fp8": self.stock_fp8._asdict(),
+            "self_test": None if self.self_test is None else [asdict(c) for c in self.self_test],
             "model": asdict(self.model) if self.model else None,
         }
 
 
-def examine(directory: str | None = None) -> Report:
-    """Look at this installation, and at one local checkpoint; takes as long as importing vLLM."""
+def examine(directory: str | None = None, self_test: bool = True, say: Say = print) -> Report:
+    """Look at this installation, and at one local checkpoint; takes as long as importing vLLM.
+
+    self_test: and run every operator's kernels, which may compile for minutes; `say` gets a line
+    for each.
+    """
     question = Question()
     facts = facts_module.collect()
     model = model_module.look_at(directory, facts.device) if directory is not None else None
+    checked = ask_kernels.ask(ask_kernels.to_check(facts.kernels), say) if self_test else None
     vllm = question.answer()
     capability = facts.gpus[0].capability if facts.gpus else None
-    problems = find(facts, vllm, model)
-    return Report(facts, vllm, stock_fp8(vllm, capability), model, problems)
+    problems = find(facts, vllm, model, checked or ())
+    return Report(facts, vllm, stock_fp8(vllm, capability), model, problems, checked)
 
 
 def text(report: Report) -> str:
@@ -71,6 +83,7 @@ def _lines(report: Report) -> Iterator[str]:
     answer, reason = report.stock_fp8
     yield from _entry("vLLM's fp8", [f"UE8M0 activation scales: {answer} ({reason})"])
     yield from _entry("kernels", _kernels(facts.kernels) or ["none can be chosen"])
+    yield from _entry("self-test", _self_test(report.self_test))
     cache = facts.triton_cache
     state = "" if cache.writable else "NOT WRITABLE, "
     yield from _entry(
@@ -138,15 +151,40 @@ def _kernels(kernels: Iterable[Kernel]) -> list[str]:
     return [f"{', '.join(operators)}: {outcome}" for outcome, operators in groups.items()]
 
 
+def _self_test(checked: list[Checked] | None) -> list[str]:
+    """A paragraph for the operators of a backend that came out alike."""
+    if checked is None:
+        return ["left out"]
+    if not checked:
+        return ["nothing to compare: no kernels of this project run here"]
+    groups: dict[tuple[str, str], list[Checked]] = {}
+    for one in checked:
+        outcome = "as plain torch up to rounding" if one.error is None else "FAILED, see below"
+        outcome = "bit for bit as plain torch" if one.bitwise else outcome
+        groups.setdefault((one.backend, outcome), []).append(one)
+    lines = []
+    for (backend, outcome), members in groups.items():
+        names = ", ".join(
+            one.operator if one.bitwise or one.error else f"{one.operator}{_TIE}({one.diff:.0e})"
+            for one in members
+        )
+        lines.append(f"{backend}, {outcome}: {names}")
+    return lines
+
+
 def _model(model: Model) -> list[str]:
     lines = [model.directory]
     if model.served:
         served = ", ".join(f"{count} {name}" for name, count in model.served.items())
         lines.append(f"tensors: {served}; activation scales {model.activation_scale or '-'}")
-    if model.linears:
-        linears = ", ".join(f"{count} on {name}" for name, count in model.linears.items())
-        lines.append(f"linear weights of one rank: {linears}")
-    lines += [f"not for {count}: {reason}" for reason, count in model.refused.items()]
+    for what, taken, refused in (
+        ("linear weights", model.linears, model.refused),
+        ("layers of experts", model.experts, model.experts_refused),
+    ):
+        if taken:
+            counts = ", ".join(f"{count} on {name}" for name, count in taken.items())
+            lines.append(f"{what} of one rank: {counts}")
+        lines += [f"not for {count}: {reason}" for reason, count in refused.items()]
     return lines
 
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import TileConfig, dependent_launch
+from .config import FMA, TileConfig, dependent_launch
 from .tile import find_tile, scale_offset, store_tile, used_tiles, wait_for_inputs
 from .ue8m0 import to_float
 
@@ -88,5 +88,5 @@ def launch(
         MN_MAJOR=mn_major, PACKED=s.dtype == torch.int32,
         COPIES=0 if destinations is None else destinations.shape[1],
         EXPERTS=0 if counts is None else triton.next_power_of_2(E),
-        num_warps=config.num_warps, **dependent_launch(x.device),
+        num_warps=config.num_warps, **dependent_launch(x.device), **FMA,
     )  # fmt: skip

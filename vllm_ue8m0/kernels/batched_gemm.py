@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import kernel_codes, masked_programs
+from .config import FMA, kernel_codes, masked_programs
 from .gemm import multiply
 from .tile import find_tile, used_tiles
 from .ue8m0 import round_to
@@ -24,7 +24,7 @@ def _batched_gemm_kernel(
     E, M, N, K, stride_ae, stride_am, stride_asm, stride_we, stride_wn, stride_se, stride_sn,
     stride_ce,
     GRAN_N: tl.constexpr, GRAN_K: tl.constexpr, HAS_C: tl.constexpr, QUANTIZED: tl.constexpr,
-    EVEN_K: tl.constexpr, EXPERTS: tl.constexpr,
+    EVEN_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Programs that run together share rows of a; an expert's w stays in L2 for its next tile.
@@ -44,7 +44,7 @@ def _batched_gemm_kernel(
         acc = multiply(
             a + expert * stride_ae, scales, w + expert * stride_we, sf + expert * stride_se,
             source, first_column, N, K, stride_am, stride_asm, stride_wn, stride_sn,
-            BLOCK_M, BLOCK_N, BLOCK_K, GRAN_N, GRAN_K, EVEN_K, QUANTIZED,
+            BLOCK_M, BLOCK_N, BLOCK_K, GRAN_N, GRAN_K, EVEN_K, QUANTIZED, BLOCK_SCALED,
         )  # fmt: skip
         if HAS_C:
             factor = tl.load(c + expert * stride_ce + columns // GRAN_N, mask=inside, other=0.0)
@@ -68,5 +68,5 @@ def launch(
         0 if a_s is None else a_s.shape[2],
         w.stride(0), w.stride(1), sf.stride(0), sf.stride(1), 0 if c is None else c.stride(0),
         GRAN_N=gran[0], GRAN_K=gran[1], HAS_C=c is not None, QUANTIZED=a_s is not None,
-        EVEN_K=K % config["BLOCK_K"] == 0, EXPERTS=triton.next_power_of_2(E), **config,
+        EVEN_K=K % config["BLOCK_K"] == 0, EXPERTS=triton.next_power_of_2(E), **config, **FMA,
     )  # fmt: skip

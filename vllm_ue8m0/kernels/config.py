@@ -10,6 +10,10 @@ from typing import Any
 import torch
 import triton
 
+# For every kernel that multiplies and adds floats: one FMA, as it was tested and measured, whatever
+# TRITON_DEFAULT_FP_FUSION says. Without it Triton 3.9 warns that 3.10 will not fuse by default.
+FMA = {"enable_fp_fusion": True}
+
 # Programs of a masked launch, which share the used tiles whatever the counts: 8 on each of an
 # H100's SMs. 2026-11-22, silu_mul_quant of [32, 1024, 4096], us with 1056, 4224 and 16896 programs:
 # 17,076 rows 60.5, 60.5, 66.1; 4 rows for each expert 3.0, 6.1, 20.8; all on one 5.8, 6.2, 20.8.
@@ -91,6 +95,16 @@ def kernel_codes(codes: torch.Tensor) -> torch.Tensor:
 @cache
 def _has_e4m3(index: int | None) -> bool:
     return torch.cuda.get_device_capability(index) >= (8, 9)
+
+
+def one_warp_products(device: torch.device) -> bool:
+    """Whether each warp multiplies alone there (mma.sync): not four of sm_90's and sm_10x's."""
+    return device.type == "cuda" and _one_warp_products(device.index)
+
+
+@cache
+def _one_warp_products(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index)[0] not in (9, 10)
 
 
 def batch_invariant() -> bool:

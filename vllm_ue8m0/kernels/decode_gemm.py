@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..layouts import ceil_div
+from .config import FMA
 from .hopper import (
     add_parts,
     barrier,
@@ -294,5 +295,5 @@ def launch(
         TOKENS=config.tokens, STAGES=config.stages, SPLITS=splits, BLOCKS=config.blocks(NK),
         REFILL=ceil_div(tiles, groups) * ceil_div(ceil_div(NK, 2), splits) > config.stages,
         MN_MAJOR=not fused and column_major(a_s), UE8M0=ue8m0, FLOOR=floor, WARPS=warps,
-        num_warps=warps, launch_pdl=True,
+        num_warps=warps, launch_pdl=True, **FMA,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..layouts import ceil_div
+from .config import FMA
 from .expert_config import Product, part_blocks
 from .expert_load import copy_weights, part, quantize_token, unit_tile, weight_scales
 from .expert_store import store_columns, store_gated, sum_slots
@@ -275,12 +276,11 @@ def launch(
     E, N, K = w.shape
     NK, gated = ceil_div(K, 128), out_s is not None
     block_n, splits = config.block_n, config.splits
-    step, warps, fused = 1 if gated else 2, block_n // 16, gated and ids is not None
-    blocks = part_blocks(NK, step, splits)
+    warps, fused = block_n // 16, gated and ids is not None
+    blocks = part_blocks(NK, 1 if gated else 2, splits)
     tiles = num_tiles = order = partial = None
     if routing is not None:
-        tiles, num_tiles = routing.tiles, routing.num_tiles
-        order = None if gated else routing.order
+        tiles, num_tiles, order = routing.tiles, routing.num_tiles, None if gated else routing.order
     topk = 0 if ids is None else ids.numel()
     if splits > 1:
         assert topk, f"{splits=} of sorted rows"
@@ -295,6 +295,6 @@ def launch(
         0 if out_s is None else out_s.stride(1),
         TOKENS=rows, STAGES=config.stages, SPLITS=splits, BLOCKS=blocks, GATED=gated, TOPK=topk,
         UE8M0=ue8m0, FLOOR=floor, DTYPE=getattr(gl, str(dtype).removeprefix("torch.")),
-        WARPS=warps, PITCH=scale_pitch(rows), num_warps=warps, launch_pdl=True,
+        WARPS=warps, PITCH=scale_pitch(rows), num_warps=warps, launch_pdl=True, **FMA,
         maxnreg=128 if warps == 4 or rows < 64 else 168,
     )  # fmt: skip

@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..layouts import ceil_div
+from .config import FMA
 from .expert_config import PREFILL_ROWS
 from .expert_load import copy_ordered, ordered_unit
 from .expert_store import store_hidden, store_tile
@@ -250,5 +251,5 @@ def launch(
         STAGES=STAGES, GATED=gated, UE8M0=ue8m0, FLOOR=floor,
         DTYPE=getattr(gl, str(dtype).removeprefix("torch.")),
         MATH_REGISTERS=MATH_REGISTERS, COPY_REGISTERS=COPY_REGISTERS,
-        num_warps=4, maxnreg=REGISTERS, launch_pdl=True,
+        num_warps=4, maxnreg=REGISTERS, launch_pdl=True, **FMA,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import dependent_launch, kernel_codes
+from .config import FMA, dependent_launch, kernel_codes
 from .gemm import multiply
 from .tile import wait_for_inputs
 from .ue8m0 import round_to, to_float
@@ -31,6 +31,7 @@ def _grouped_gemm_kernel(
     num_experts, topk,
     GRAN_N: tl.constexpr, GRAN_K: tl.constexpr, HAS_C: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     GATHER: tl.constexpr, QUANTIZED: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     expert = tl.load(tile_expert + tl.program_id(0)).to(tl.int64)
@@ -50,7 +51,7 @@ def _grouped_gemm_kernel(
     acc = multiply(
         a, a_s, w + expert * stride_we, sf + expert * stride_se, source, first_column, N, K,
         stride_am, stride_asm, stride_wn, stride_sn,
-        BLOCK_M, BLOCK_N, BLOCK_K, GRAN_N, GRAN_K, EVEN_K, QUANTIZED,
+        BLOCK_M, BLOCK_N, BLOCK_K, GRAN_N, GRAN_K, EVEN_K, QUANTIZED, BLOCK_SCALED,
     )  # fmt: skip
     columns = first_column + tl.arange(0, BLOCK_N)
     inside = columns < N
@@ -100,7 +101,7 @@ def launch(
         E, topk,
         GRAN_N=gran[0], GRAN_K=gran[1], HAS_C=c is not None,
         HAS_WEIGHTS=slot_weights is not None, GATHER=gather, QUANTIZED=a_s is not None,
-        EVEN_K=K % config["BLOCK_K"] == 0, **config,
+        EVEN_K=K % config["BLOCK_K"] == 0, **config, **FMA,
     )  # fmt: skip
 
 

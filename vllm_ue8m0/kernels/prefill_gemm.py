@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..layouts import ceil_div
+from .config import FMA
 from .hopper import (
     add_parts,
     add_scaled_rows,
@@ -289,5 +290,5 @@ def launch(
         sf, c, bias, out, partial, counters, M, N, ceil_div(K, 128), sf.stride(0),
         STAGES=stages, GROUP_M=GROUP_M, SPLITS=splits,
         MATH_REGISTERS=MATH_REGISTERS, COPY_REGISTERS=COPY_REGISTERS,
-        num_warps=4, maxnreg=REGISTERS, launch_pdl=True,
+        num_warps=4, maxnreg=REGISTERS, launch_pdl=True, **FMA,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import dependent_launch
+from .config import FMA, dependent_launch
 from .tile import store_tile, wait_for_inputs
 from .ue8m0 import round_to, to_float
 
@@ -80,5 +80,5 @@ def launch(
         GROUPS=max(triton.next_power_of_2(groups), 4 if packed else 1),
         MN_MAJOR=mn_major, PACKED=packed, HAS_RESIDUAL=residual is not None,
         HAS_NORMED=normed is not None, QUANTIZE=q is not None, num_warps=num_warps,
-        **dependent_launch(x.device),
+        **dependent_launch(x.device), **FMA,
     )  # fmt: skip

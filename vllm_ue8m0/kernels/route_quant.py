@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import dependent_launch
+from .config import FMA, dependent_launch
 from .route import TILE_FIELDS, Routing, empty_routing, scale_pitch, slot_experts
 from .tile import wait_for_inputs
 from .ue8m0 import quantize, to_float
@@ -101,6 +101,6 @@ def launch(
         M * topk, num_experts, 0 if expert_map is None else len(expert_map),
         FLOOR=floor, GROUP=GROUP, GROUPS=GROUPS, COPIES=topk, TOPK=triton.next_power_of_2(topk),
         SLOTS=slots, CHUNK=min(slots, CHUNK), ROWS=rows, PITCH=scale_pitch(rows),
-        num_warps=WARPS, **dependent_launch(x.device),
+        num_warps=WARPS, **dependent_launch(x.device), **FMA,
     )  # fmt: skip
     return routing

@@ -6,6 +6,7 @@ split              scale bytes -> two factors of about half the exponent each
 quantize           float32 [ROWS, GROUP] -> e4m3 code bytes, one scale per row
 divide             float32 [ROWS, GROUP] / [ROWS], correctly rounded
 to_float, expand, encode_e4m3, round_to, dot     conversions and the tile product
+dot_scaled         the tile product with scales, in the tensor cores of sm_100
 
 Triton's interpreter holds bf16 and e4m3 as raw integers (triton-lang/triton#4972): its tl.dot
 multiplies bf16 bit patterns, its conversions to bf16 and e4m3 do not round to nearest even, and
@@ -154,6 +155,26 @@ def dot(a, w):
     else:
         # By way of float32: Triton 3.6's direct e4m3 -> bf16 does not assemble for sm_89.
         return tl.dot(a, w.to(tl.float32).to(a.dtype), input_precision="ieee")
+
+
+@triton.jit
+def _for_groups(scale, ROWS: tl.constexpr, K: tl.constexpr):
+    """Bytes [ROWS] or one byte -> [ROWS, K / 32]: the tensor cores have one for every 32 codes."""
+    if scale.type.is_block():
+        scale = scale[:, None]
+    return tl.broadcast_to(scale, (ROWS, K // 32))
+
+
+@triton.jit
+def dot_scaled(x, x_scale, y, y_scale, acc):
+    """acc + x [R, K] * 2^(x_scale - 127) times y [K, C] * 2^(y_scale - 127), float32 [R, C].
+
+    e4m3 codes of one scale group along K, a multiple of 32; scale bytes [R] and [C], or one byte.
+    On sm_100, for 128 rows of x, this is one kind of instruction, which scales and adds to acc.
+    """
+    x_scale = _for_groups(x_scale, x.shape[0], x.shape[1])
+    y_scale = _for_groups(y_scale, y.shape[1], y.shape[0])
+    return tl.dot_scaled(x, x_scale, "e4m3", y, y_scale, "e4m3", acc)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .config import FMA
 from .ue8m0 import decode, round_to, to_float
 
 
@@ -45,5 +46,5 @@ def launch(
     _weight_dequant_kernel[(triton.cdiv(K, block_k), triton.cdiv(N, block_n), E)](
         w.view(torch.uint8), sf, c, out, N, K, sf.shape[1], sf.shape[2], w.stride(0), w.stride(1),
         *gran,
-        HAS_C=c is not None, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps,
+        HAS_C=c is not None, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, **FMA,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .config import FMA
 from .ue8m0 import divide, encode_e4m3, quant_exponent, to_float
 
 
@@ -44,5 +45,5 @@ def launch(w: torch.Tensor, q: torch.Tensor, s: torch.Tensor, block: int, num_wa
     (N, K), columns = w.shape, s.shape[1]
     _weight_quant_kernel[(s.numel(),)](
         w, q.view(torch.uint8), s, N, K, columns, w.stride(0) if N > 1 else K,
-        BLOCK=block, num_warps=num_warps,
+        BLOCK=block, num_warps=num_warps, **FMA,
     )  # fmt: skip

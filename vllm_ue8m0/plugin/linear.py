@@ -7,98 +7,31 @@ become bytes (or stay float32, by policy) in `process_weights_after_loading`.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import library, warmup  # noqa: F401  (library defines torch.ops.vllm_ue8m0)
-from ..formats import BLOCK, FP8_NAN_CODE, MIN_GROUP_K
+from ..formats import BLOCK
 from ..layouts import ceil_div, common_gran, grid_shape, output_gran
 from . import compat
-from .weights import decode_loaded_scale, encode
+from .loading import (
+    DUMMY_SCALE,
+    E4M3,
+    check_group,
+    empty_scale,
+    empty_weight,
+    fix_dummy_scales,
+    is_dummy_load,
+    is_served,
+    mark_served,
+    scale_loader,
+    weight_loader,
+)
+from .weights import encode, like_served
 
 if TYPE_CHECKING:
     from .config import Ue8m0Config
-
-E4M3 = torch.float8_e4m3fn
-DUMMY_SCALE = 2.0**-7
-
-
-def is_dummy_load() -> bool:
-    """Whether this process serves `--load-format dummy`."""
-    config = compat.current_config()
-    return config is not None and str(config.load_config.load_format) == "dummy"
-
-
-def empty_weight(*shape: int) -> torch.Tensor:
-    """An e4m3 tensor of NaN codes, so that a weight which is never loaded is noticed."""
-    return torch.full(shape, FP8_NAN_CODE, dtype=torch.uint8).view(E4M3)
-
-
-def empty_scale(*shape: int) -> torch.Tensor:
-    """A float32 scale tensor of NaN, so that a scale which is never loaded is noticed."""
-    return torch.full(shape, torch.nan, dtype=torch.float32)
-
-
-def check_group(gran_k: int, size: int, where: str) -> None:
-    if gran_k < MIN_GROUP_K:
-        raise ValueError(
-            f"{where}: {size} input columns per tensor-parallel rank leave scale groups of "
-            f"{gran_k} columns; allowed: {MIN_GROUP_K} and more. Use a smaller "
-            "--tensor-parallel-size, or --enable-expert-parallel for expert layers."
-        )
-
-
-def weight_loader(load: Callable[..., Any], where: str) -> Callable[..., Any]:
-    """vLLM's loader, which would turn bf16 weights into FP8 codes by value without a word."""
-
-    @functools.wraps(load)
-    def checked(param: Any, loaded: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if loaded.dtype != E4M3:
-            raise ValueError(
-                f"{where}: the checkpoint's weight is {loaded.dtype}, expected {E4M3}. If the "
-                "layer is not quantized, name it in quantization_config's "
-                "'modules_to_not_convert'; otherwise convert the checkpoint with "
-                "`vllm-ue8m0 convert SRC DST --to ue8m0`."
-            )
-        return load(param, loaded, *args, **kwargs)
-
-    return checked
-
-
-def scale_loader(
-    load: Callable[..., Any],
-    gran: tuple[int, int],
-    where: str,
-    limit: tuple[int | None, int | None] = (None, None),
-) -> Callable[..., Any]:
-    """vLLM's loader behind decoding by value and refining to the layer's grid.
-
-    Tensor.copy_ converts numbers: a uint8 exponent would become 0..255. `limit` is the refined
-    grid's shape for the whole checkpoint tensor, where the loader needs it without excess.
-    """
-
-    @functools.wraps(load)
-    def decoded(param: Any, loaded: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        scale = decode_loaded_scale(loaded, gran, (BLOCK, BLOCK), where)
-        scale = scale[..., : limit[0], : limit[1]]
-        try:
-            return load(param, scale, *args, **kwargs)
-        except (AssertionError, RuntimeError) as error:
-            raise ValueError(
-                f"{where}: a weight scale of shape {tuple(loaded.shape)} does not fit; allowed: "
-                f"[ceil(N/{BLOCK}), ceil(K/{BLOCK})] of its weight (this rank's grid is "
-                f"{tuple(param.shape)} of {gran[0]}x{gran[1]} blocks). Transposed or truncated?"
-            ) from error
-
-    return decoded
-
-
-def fix_dummy_scales(scale: torch.Tensor) -> torch.Tensor:
-    """vLLM's dummy loader writes small random numbers; replace what cannot be a scale."""
-    return torch.where(torch.frexp(scale.abs())[0] == 0.5, scale.abs(), DUMMY_SCALE)
 
 
 @compat.register_weight_loader_v2_supported_method
@@ -130,6 +63,8 @@ class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
         layer.orig_dtype = params_dtype
         layer.input_size_per_partition = K
         layer.output_size_per_partition = N
+        self.gran = gran
+        self.served: tuple[bool, bool] | None = None  # scales as bytes, with c; of the first load
         self.dummy = is_dummy_load()
         load = extra["weight_loader"]
         layer.register_parameter(
@@ -138,28 +73,33 @@ class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
                 data=empty_weight(N, K),
                 input_dim=1,
                 output_dim=0,
-                weight_loader=weight_loader(load, self.prefix),
+                weight_loader=weight_loader(load, layer, self.prefix),
             ),
         )
         scale = compat.BlockQuantScaleParameter(
             data=empty_scale(*grid_shape(N, K, gran)),
             input_dim=1,
             output_dim=0,
-            weight_loader=scale_loader(load, gran, self.prefix),
+            weight_loader=scale_loader(load, layer, gran, self.prefix),
         )
         scale.dummy_weight_value = DUMMY_SCALE
         layer.register_parameter("weight_scale_inv", scale)
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        if is_served(layer.weight):
+            return  # nothing was loaded since
         scale = layer.weight_scale_inv.data
         if self.dummy:
             scale = fix_dummy_scales(scale)
             self.dummy = False  # a real reload may follow
-        gran = tuple(layer.weight_block_size)
+        gran = self.gran
         segments = [ceil_div(size, gran[0]) for size in layer.logical_widths]
         done = encode(
             layer.weight.data, scale, segments, gran, self.config.spec.non_pow2, self.prefix
         )
+        if self.served is not None:
+            done = like_served(done, *self.served, self.prefix)
+        self.served = done.sf.dtype == torch.uint8, done.c is not None
         if done.kind == "requantized":
             compat.replace_parameter(layer, "weight", done.w)
         compat.replace_parameter(layer, "weight_scale_inv", done.sf)
@@ -167,8 +107,8 @@ class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
             layer.weight_scale_c = None
         else:
             compat.replace_parameter(layer, "weight_scale_c", done.c)
-        self.gran = gran
-        if self.prefix.rsplit(".", 1)[-1] == "kv_b_proj":
+        mark_served(layer, "weight", "weight_scale_inv")
+        if self.prefix.rsplit(".", 1)[-1] == "kv_b_proj" and hasattr(layer, "weight_block_size"):
             # The AMX MLA backend requantizes kv_b_proj to one scale per tensor whenever it sees
             # this attribute on an e4m3 weight; without it, it takes the exact values from `apply`.
             del layer.weight_block_size
@@ -178,7 +118,7 @@ class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
             layer.weight_scale_inv,
             layer.weight_scale_c,
             getattr(layer, "bias", None),
-            self.gran,
+            gran,
             self.config.spec.activation_scale,
             compat.most_rows(self.prefix),
         )

@@ -16,17 +16,19 @@ from ..formats import BLOCK
 from ..layouts import common_gran, grid_shape
 from . import compat
 from .experts import ExpertsFormat, Ue8m0BatchedExperts, Ue8m0Experts
-from .linear import (
+from .loading import (
     DUMMY_SCALE,
     check_group,
     empty_scale,
     empty_weight,
     fix_dummy_scales,
     is_dummy_load,
+    is_served,
+    mark_served,
     scale_loader,
     weight_loader,
 )
-from .weights import encode, uniform
+from .weights import encode, like_served, uniform
 
 if TYPE_CHECKING:
     from .config import Ue8m0Config
@@ -75,6 +77,7 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
         layer.weight_block_size = [BLOCK, BLOCK]
         layer.orig_dtype = params_dtype
         layer.num_experts = num_experts
+        self.served: dict[str, tuple[bool, bool]] = {}  # scales as bytes, with c; of the first load
         self.dummy = is_dummy_load()
         load = extra.pop("weight_loader")
         # Loaders split a checkpoint tensor evenly, so its refined grid must end with its rows.
@@ -84,7 +87,9 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
         ):
             where = f"{self.prefix}.{name}"
             weight = torch.nn.Parameter(empty_weight(num_experts, *shape), requires_grad=False)
-            compat.set_weight_attrs(weight, {**extra, "weight_loader": weight_loader(load, where)})
+            compat.set_weight_attrs(
+                weight, {**extra, "weight_loader": weight_loader(load, layer, where)}
+            )
             scale = torch.nn.Parameter(
                 empty_scale(num_experts, *grid_shape(shape[0], shape[1], gran)), requires_grad=False
             )
@@ -93,7 +98,7 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
                 {
                     **extra,
                     "weight_loader": scale_loader(
-                        load, gran, where, grid_shape(whole[0], whole[1], gran)
+                        load, layer, gran, where, grid_shape(whole[0], whole[1], gran)
                     ),
                     "quant_method": compat.FusedMoeWeightScaleSupported.BLOCK.value,
                     "dummy_weight_value": DUMMY_SCALE,
@@ -103,6 +108,8 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
             layer.register_parameter(f"{name}_weight_scale_inv", scale)
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        if is_served(layer.w13_weight):
+            return  # nothing was loaded since
         kinds = []
         for name, gran, halves in (("w13", self.gran13, 2), ("w2", self.gran2, 1)):
             weight = getattr(layer, f"{name}_weight").data
@@ -119,6 +126,9 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
             )
             if self.moe.moe_parallel_config.enable_eplb:
                 done = uniform(done, self.config.spec, f"{self.prefix}.{name}")
+            if name in self.served:
+                done = like_served(done, *self.served[name], f"{self.prefix}.{name}")
+            self.served[name] = done.sf.dtype == torch.uint8, done.c is not None
             if done.kind == "requantized":
                 # In place: load balancing pairs the parameters of layers by their order.
                 weight.copy_(done.w)
@@ -127,9 +137,12 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
                 setattr(layer, f"{name}_weight_scale_c", None)
             else:
                 compat.replace_parameter(layer, f"{name}_weight_scale_c", done.c)
+            mark_served(layer, f"{name}_weight", f"{name}_weight_scale_inv")
             kinds.append(done.kind)
         self.dummy = False  # a real reload may follow
-        self._build_kernel(layer)
+        if self.moe_kernel is None:
+            # Once: a reload copies its tensors into those that the kernel has.
+            self._build_kernel(layer)
         finer = {self.gran13, self.gran2} != {(BLOCK, BLOCK)}
         kind = kinds[0] if kinds[0] == kinds[1] else " / ".join(kinds)
         device, operator = layer.w13_weight.device, self._operator(layer)

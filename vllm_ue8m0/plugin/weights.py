@@ -171,21 +171,52 @@ def uniform(done: Encoded, spec: QuantSpec, where: str) -> Encoded:
     declares UE8M0 or the policy leaves nothing else, float32 scales otherwise. Raises ValueError,
     naming `where`, for scales that are not what the checkpoint declares.
     """
-    if spec.scale_fmt != "ue8m0" and spec.non_pow2 == "keep":
-        if done.sf.dtype == torch.float32:
-            return done
-        scale = convert_scale_from_ue8m0(done.sf)
-        scale = scale if done.c is None else scale * done.c[..., None]
-        return Encoded(done.w, scale, None, "float32 kept")
-    if done.sf.dtype == torch.float32:
+    found = convert(done, spec.scale_fmt == "ue8m0" or spec.non_pow2 != "keep", with_c=True)
+    if found is None:
         raise ValueError(
             f"{where}: its weight scales are neither 2^k nor c * 2^k, though the checkpoint "
             "declares scale_fmt ue8m0, and --enable-eplb needs scales of one kind in all layers. "
             "Allowed: serving without --enable-eplb, or non_pow2 'requant', which rounds the "
             "weights anew (about 2.6 % relative error)."
         )
-    c = torch.ones(done.sf.shape[:-1], device=done.sf.device) if done.c is None else done.c
-    return replace(done, c=c)
+    return found
+
+
+def like_served(done: Encoded, as_bytes: bool, with_c: bool, where: str) -> Encoded:
+    """The same values in tensors like those of the weights served so far (`convert`'s arguments).
+
+    vLLM's reload copies what was loaded anew into the tensors that serve, whose addresses CUDA
+    graphs have: by value, whatever the dtypes, and only into tensors that are there. Raises
+    ValueError, naming `where`, for scales that those tensors cannot hold.
+    """
+    found = convert(done, as_bytes, with_c)
+    if found is None:
+        what = "neither 2^k nor c * 2^k" if done.c is None else "c * 2^k with c other than 1"
+        allowed = "2^k or c * 2^k" if with_c else "2^k"
+        raise ValueError(
+            f"{where}: the weight scales to reload are {what}; allowed: {allowed}, as of the "
+            "weights that this server started with and has room for. Restart it with the new "
+            "weights: what is loaded now is incomplete, and vLLM cannot resume a reload."
+        )
+    return found
+
+
+def convert(done: Encoded, as_bytes: bool, with_c: bool) -> Encoded | None:
+    """The same values with scales as bytes, and a c if with_c, or as float32; None if impossible.
+
+    Exact: c * 2^k was a float32 scale before it was split.
+    """
+    if not as_bytes:
+        if done.sf.dtype == torch.float32:
+            return done
+        scale = convert_scale_from_ue8m0(done.sf)
+        scale = scale if done.c is None else scale * done.c[..., None]
+        return Encoded(done.w, scale, None, "float32 kept")
+    if done.sf.dtype == torch.float32 or (done.c is not None and not with_c):
+        return None
+    if with_c and done.c is None:
+        return replace(done, c=torch.ones(done.sf.shape[:-1], device=done.sf.device))
+    return done
 
 
 def requantize(w: torch.Tensor, scale: torch.Tensor, gran: tuple[int, int]) -> Encoded:

@@ -1,4 +1,7 @@
-"""Products on the portable kernels: dense, and experts around the grouped and the batched one."""
+"""Products on the portable kernels: dense, and experts around the grouped and the batched one.
+
+block_scaled    of backend sm100, which knows when: the tensor cores apply the scales (gemm.py)
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from ..formats import BLOCK
 from ..kernels import batched_gemm as batched_gemm_kernel
 from ..kernels import gemm as gemm_kernel
 from ..kernels import grouped_gemm as grouped_gemm_kernel
+from ..kernels.config import one_warp_products
 from ..layouts import ceil_div, local_experts
 from .quant import act_quant, kernel_scale, silu_mul, silu_mul_quant, unit_stride
 
@@ -27,6 +31,8 @@ def gemm(
     bias: torch.Tensor | None,
     gran: Sequence[int],
     out_dtype: torch.dtype,
+    *,
+    block_scaled: bool = False,
 ) -> torch.Tensor:
     """a [M, K] times w [N, K]^T; a_s None: a is not quantized (bf16, fp16 or fp32)."""
     out = torch.empty(a.shape[0], w.shape[0], dtype=out_dtype, device=a.device)
@@ -34,6 +40,7 @@ def gemm(
         gemm_kernel.launch(
             unit_stride(a), None if a_s is None else kernel_scale(a_s).contiguous(),
             unit_stride(w), unit_stride(kernel_scale(sf)), c, bias, _pair(gran), out,
+            block_scaled,
         )  # fmt: skip
     return out
 
@@ -46,15 +53,20 @@ def linear(
     bias: torch.Tensor | None,
     gran: Sequence[int],
     activation_scale: str,
+    *,
+    block_scaled: bool = False,
 ) -> torch.Tensor:
     """Quantize x [M, K] as activation_scale says, times w^T -> [M, N] in x's dtype."""
     a, a_s = _quantize(x, gran[1], activation_scale)
-    return gemm(a, a_s, w, sf, c, bias, gran, x.dtype)
+    return gemm(a, a_s, w, sf, c, bias, gran, x.dtype, block_scaled=block_scaled)
 
 
-def describe(op: str, M: int, N: int, K: int) -> str:
+def describe(op: str, M: int, N: int, K: int, *, block_scaled: bool = False) -> str:
     """How the product of quantized [M, K] and [N, K] is launched, in "gemm" or "linear"."""
-    config = gemm_kernel.tile_config(M, torch.float8_e4m3fn, (BLOCK, BLOCK))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = gemm_kernel.tile_config(
+        M, torch.float8_e4m3fn, (BLOCK, BLOCK), block_scaled, one_warp_products(device)
+    )
     tile = " x ".join(str(config[f"BLOCK_{size}"]) for size in "MNK")
     return f"portable {op}, tile {tile}, {config['num_warps']} warps"
 
@@ -75,6 +87,8 @@ def experts(
     weight_on_input: bool,
     expert_map: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    *,
+    block_scaled: bool = False,
 ) -> torch.Tensor:
     """Routed experts; see reference.experts. Ids outside [0, E) are skipped."""
     topk_ids = local_experts(topk_ids, expert_map)
@@ -90,8 +104,9 @@ def experts(
 
     # Both products use one routing, so one tile height: that of the average expert's rows.
     rows = ceil_div(slots, E)
-    config13 = gemm_kernel.tile_config(rows, a.dtype, _pair(gran13))
-    config2 = gemm_kernel.tile_config(rows, a.dtype, _pair(gran2))
+    cores = block_scaled, one_warp_products(x.device)
+    config13 = gemm_kernel.tile_config(rows, a.dtype, _pair(gran13), *cores)
+    config2 = gemm_kernel.tile_config(rows, a.dtype, _pair(gran2), *cores)
     order, tiles = _route(topk_ids, E, config13["BLOCK_M"])
 
     gate_up = torch.empty(slots, w13.shape[1], dtype=x.dtype, device=x.device)
@@ -122,6 +137,8 @@ def batched_experts(
     gran2: Sequence[int],
     activation_scale: str,
     out: torch.Tensor | None = None,
+    *,
+    block_scaled: bool = False,
 ) -> torch.Tensor:
     """Each expert of its own rows; see reference.batched_experts. out is contiguous."""
     (E, T, H), N = x.shape, w13.shape[1]
@@ -131,6 +148,7 @@ def batched_experts(
     if out.numel() == 0:
         return out
     counts, rows = counts.contiguous(), min(T, BATCHED_ROWS)
+    cores = block_scaled, one_warp_products(x.device)
     a, a_s = _quantize(x, gran13[1], activation_scale, counts)
     if N <= H:  # out is written when gate_up has been read, so this largest buffer may lie there
         gate_up = out.view(-1)[: E * T * N].view(E, T, N)
@@ -138,13 +156,13 @@ def batched_experts(
         gate_up = torch.empty(E, T, N, dtype=x.dtype, device=x.device)
     batched_gemm_kernel.launch(
         a, a_s, unit_stride(w13), unit_stride(kernel_scale(sf13)), c13, _pair(gran13), counts,
-        gemm_kernel.tile_config(rows, a.dtype, _pair(gran13)), gate_up,
+        gemm_kernel.tile_config(rows, a.dtype, _pair(gran13), *cores), gate_up,
     )  # fmt: skip
     del a, a_s  # hidden may take their memory
     hidden, hidden_s = _silu_mul(gate_up, gran2[1], activation_scale, counts)
     batched_gemm_kernel.launch(
         hidden, hidden_s, unit_stride(w2), unit_stride(kernel_scale(sf2)), c2, _pair(gran2), counts,
-        gemm_kernel.tile_config(rows, hidden.dtype, _pair(gran2)), out,
+        gemm_kernel.tile_config(rows, hidden.dtype, _pair(gran2), *cores), out,
     )  # fmt: skip
     return out
 

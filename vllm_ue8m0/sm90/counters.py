@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 _GRAPH = -1
@@ -22,10 +24,27 @@ def counters(w: torch.Tensor, count: int) -> torch.Tensor:
     key = (w.data_ptr(), size, stream)
     found = _counters.get(key)
     if found is None:
-        found = torch.zeros(size, dtype=torch.int32, device=w.device)
-        if not capturing:
-            _counters[key] = found
-            graph = (w.data_ptr(), size, _GRAPH)
-            if graph not in _counters:
-                _counters[graph] = torch.zeros_like(found)
+        if capturing:
+            return torch.zeros(size, dtype=torch.int32, device=w.device)
+        found, for_graphs = _lasting_zeros(size, w.device)
+        _counters[key] = found
+        _counters.setdefault((w.data_ptr(), size, _GRAPH), for_graphs)
     return found
+
+
+def _lasting_zeros(size: int, device: torch.device) -> torch.Tensor:
+    """Two sets [2, size], made in a thread of its own, whose allocations go to no memory pool.
+
+    vLLM loads a model, and so warms it up, in a pool whose memory its sleep mode (level 2) gives
+    back, and does not fill again: counters there would not be zero after waking.
+    """
+    made = []
+
+    def make() -> None:
+        made.append(torch.zeros(2, size, dtype=torch.int32, device=device))
+        torch.cuda.current_stream(device).synchronize()
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    return made[0]
