@@ -78,3 +78,9 @@ def test_products_are_fused_with_sums_whatever_tritons_default():
                 options = {ast.unparse(k.value) for k in node.keywords if k.arg is None}
                 (fused if "FMA" in options else others).add(ast.unparse(node.func.value))
     assert len(fused) > 10 and others == NO_PRODUCTS
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """Without packages pytest imports them by name: of two, whichever is collected second fails."""
+    names = [path.name for path in Path(__file__).parent.rglob("*.py") if path.stem != "conftest"]
+    assert sorted(names) == sorted(set(names))

@@ -230,8 +230,15 @@ def test_codes_are_multiplied_as_they_are(launches):
 def stream(monkeypatch):
     """A stand-in for CUDA's streams and captures: assign `number` and `capturing`."""
     state = type("State", (), {"number": 7, "capturing": False})()
-    current = lambda device: type("Stream", (), {"cuda_stream": state.number})()  # noqa: E731
-    monkeypatch.setattr(torch.cuda, "current_stream", current)
+
+    class Stream:
+        def __init__(self, device):
+            self.cuda_stream = state.number
+
+        def synchronize(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(counters, "_counters", {})
     return state

@@ -219,3 +219,15 @@ def test_converted_checkpoints_are_servable(tmp_path: Path) -> None:
         report = inspect(tmp_path / dtype)
         assert report.servable and {t.kind for t in report.tensors} == {"pow2"}
     assert not inspect(tmp_path / "a").servable
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
+def test_routers_that_vllm_takes_for_quantized(tmp_path: Path, model_type: str) -> None:
+    """As serving them does, inspect asks for the router's name in Qwen3-MoE's config."""
+    gate = "model.layers.0.mlp.gate"
+    tensors = {**fp8_model(), f"{gate}.weight": torch.ones(8, 8).bfloat16()}
+    config = {"model_type": model_type}
+    found = problems(inspect(write(tmp_path / "a", tensors, config=config)))
+    assert [gate in text for text in found] == ([True] if model_type == "qwen3_moe" else [])
+    listed = write(tmp_path / "b", tensors, config=config, modules_to_not_convert=[gate])
+    assert problems(inspect(listed)) == []

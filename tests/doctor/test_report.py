@@ -187,3 +187,15 @@ def test_activations_decide_too(tmp_path, hopper):
     (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
     found = model.look_at(str(tmp_path), "cuda")
     assert found.linears == {"sm90": 1} and found.experts_refused == {"activations are float32": 1}
+
+
+def test_block_scaling_needs_bytes(tmp_path, hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
+    layers = {"0.self_attn.o_proj": (128, 256), **experts(1, 256, 128)}
+    write_model(tmp_path, layers)
+    found = model.look_at(str(tmp_path), "cuda")
+    assert found.linears == found.experts == {"sm100": 1}
+    write_model(tmp_path, layers, activation_scale="fp32")
+    found = model.look_at(str(tmp_path), "cuda")
+    assert found.linears == found.experts == {"portable": 1}
+    assert found.refused == found.experts_refused == {"activation scales are fp32, not bytes": 1}

@@ -27,6 +27,9 @@ _SPLIT_ROWS = ("q_b_proj", "kv_b_proj", "qkv_proj", "gate_up_proj")
 _SPLIT_COLUMNS = ("o_proj", "down_proj", "w2")
 _ATTENTION = ("q_b_proj", "kv_b_proj", "qkv_proj", "o_proj")
 _PROJECTIONS = (*_FUSED, *_SPLIT_ROWS, *_SPLIT_COLUMNS)
+# Models whose router vLLM makes a linear layer like the others (0.26 to 0.33, models/qwen3_moe.py):
+# their checkpoints have to name it as not quantized.
+_ROUTER = {"qwen3_moe": "gate"}
 _EXPERT = re.compile(r"(.*\bexperts)\.\d+\.(gate_proj|up_proj|down_proj|w[123])\.weight")
 _IN_STACK = re.compile(r"(?:model\.|language_model\.)*layers\.(\d+)\..*\.(\w+)\.weight")
 
@@ -59,7 +62,7 @@ def is_quantized_linear(weight: str, config: Mapping[str, Any]) -> bool:
     """
     found = _IN_STACK.fullmatch(weight)
     layers = config.get("num_hidden_layers")
-    if found is None or found[2] not in _PROJECTIONS:
+    if found is None or found[2] not in (*_PROJECTIONS, _ROUTER.get(config.get("model_type", ""))):
         return False
     return not (type(layers) is int and int(found[1]) >= layers)
 

@@ -122,12 +122,10 @@ def _count(op: str, device: str, refusals: Iterable[Refusal]) -> tuple[Counts, C
 
 def _linear(weight: Tensor, dtype: str, activation_scale: str, backend: ModuleType) -> str | None:
     """Why a backend does not multiply by a weight [N, K] of one rank, or None."""
-    if activation_scale == "none":
-        return "activations are not quantized"
     N, K = weight.info.shape
     gran = _grid(weight)
     reason: str | None = backend.refusal(
-        _empty((1, K), dtype), *_weight((N, K), gran, weight.served), gran
+        _empty((1, K), dtype), *_weight((N, K), gran, weight.served), gran, activation_scale
     )
     return reason
 

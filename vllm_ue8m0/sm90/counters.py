@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -38,13 +38,11 @@ def _lasting_zeros(size: int, device: torch.device) -> torch.Tensor:
     vLLM loads a model, and so warms it up, in a pool whose memory its sleep mode (level 2) gives
     back, and does not fill again: counters there would not be zero after waking.
     """
-    made = []
 
-    def make() -> None:
-        made.append(torch.zeros(2, size, dtype=torch.int32, device=device))
+    def make() -> torch.Tensor:
+        made = torch.zeros(2, size, dtype=torch.int32, device=device)
         torch.cuda.current_stream(device).synchronize()
+        return made
 
-    thread = threading.Thread(target=make)
-    thread.start()
-    thread.join()
-    return made[0]
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()

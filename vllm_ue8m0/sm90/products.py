@@ -67,7 +67,7 @@ def linear(
 ) -> torch.Tensor:
     """Quantize x [M, K] as activation_scale says, times w^T -> [M, N] in x's dtype."""
     x = unit_stride(x)
-    if activation_scale == "none" or refusal(x, w, sf, gran) is not None:
+    if refusal(x, w, sf, gran, activation_scale) is not None:
         return portable.linear(x, w, sf, c, bias, gran, activation_scale)
     out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
     if not out.numel():
@@ -84,7 +84,7 @@ def linear_plan(
     x: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, gran: Sequence[int], activation_scale: str
 ) -> Callable[[int], Hashable]:
     """What `linear` launches, by the number of rows: equal plans are equal kernels (warmup.py)."""
-    if activation_scale == "none" or refusal(x, w, sf, gran) is not None:
+    if refusal(x, w, sf, gran, activation_scale) is not None:
         return portable.linear_plan(x, w, sf, gran, activation_scale)
     (N, K), index = w.shape, x.device.index
 
@@ -97,12 +97,17 @@ def linear_plan(
     return plan
 
 
-def refusal(a: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, gran: Sequence[int]) -> str | None:
+def refusal(
+    a: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, gran: Sequence[int],
+    activation_scale: str = "ue8m0",
+) -> str | None:  # fmt: skip
     """Why the sm_90 kernels do not multiply these, or None. a has unit stride along K.
 
     w and sf are read as they are: the kernels start on them before they wait for others, also for
     a copy that would be made here.
     """
+    if activation_scale == "none":
+        return "activations are not quantized"
     if (gran[0], gran[1]) != (BLOCK, BLOCK):
         return f"scale blocks of {gran[0]}x{gran[1]}, not {BLOCK}x{BLOCK}"
     if sf.dtype not in (torch.uint8, torch.float32) or sf.stride(1) != 1:
