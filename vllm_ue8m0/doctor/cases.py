@@ -106,7 +106,8 @@ def _add_rms_norm() -> Iterator[Case]:
         x, residual, weight = (_activations(*s, dtype=dtype) for s in ((M, K), (M, K), (K,)))
         names = ("norm", "sum with the residual") if added else ("norm",)
         arguments = (x, weight, 1e-6, residual if added else None)
-        yield Case(f"{M}x{K} {dtype}", arguments, {}, INEXACT, names)
+        text = f"{M}x{K} {dtype}{', residual' if added else ''}"
+        yield Case(text, arguments, {}, INEXACT, names)
 
 
 def _weight_quant() -> Iterator[Case]:
