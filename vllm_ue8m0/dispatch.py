@@ -22,6 +22,7 @@ QUANT_OPERATORS = (
     "act_quant",
     "silu_mul_quant",
     "rms_norm_quant",
+    "add_rms_norm",
     "weight_quant",
     "weight_dequant",
 )

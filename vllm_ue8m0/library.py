@@ -25,6 +25,7 @@ _SCHEMAS = {
     "silu_mul_quant": f"(Tensor gate_up{_QUANT}{_ROWS}) -> (Tensor, Tensor)",
     "rms_norm_quant": "(Tensor x, Tensor weight, float eps, Tensor? residual=None"
     f"{_QUANT}, bool normed=False) -> Tensor[]",
+    "add_rms_norm": "(Tensor x, Tensor weight, float eps, Tensor? residual=None) -> Tensor[]",
     "weight_quant": "(Tensor w, bool ue8m0) -> (Tensor, Tensor)",
     "weight_dequant": "(Tensor w, Tensor sf, int[] gran, Tensor? c, ScalarType out_dtype)"
     " -> Tensor",
@@ -70,6 +71,12 @@ def _fake_rms_norm_quant(
     ]
 
 
+def _fake_add_rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape) for _ in range(1 if residual is None else 2)]
+
+
 def _fake_weight_quant(w: torch.Tensor, ue8m0: bool) -> tuple[torch.Tensor, torch.Tensor]:
     grid = grid_shape(w.shape[0], w.shape[1], (BLOCK, BLOCK))
     scale_dtype = torch.uint8 if ue8m0 else torch.float32
@@ -101,6 +108,7 @@ _FAKES = {
     "act_quant": _fake_act_quant,
     "silu_mul_quant": _fake_silu_mul_quant,
     "rms_norm_quant": _fake_rms_norm_quant,
+    "add_rms_norm": _fake_add_rms_norm,
     "weight_quant": _fake_weight_quant,
     "weight_dequant": _fake_weight_dequant,
     "gemm": _fake_gemm,

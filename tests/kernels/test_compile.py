@@ -165,11 +165,14 @@ def compile_quantization(build, capability: int) -> None:
     kernel = rms_norm_quant._rms_norm_quant_kernel
     pointers = dict.fromkeys(("x", "residual", "weight", "residual_out", "normed"), BF16)
     pointers |= {"q": BYTES, "s": BYTES}
-    row = {**tile, **plain, "GROUPS": 64, "HAS_RESIDUAL": True, "HAS_NORMED": True}
+    row = {**tile, **plain, "GROUPS": 64, "HAS_RESIDUAL": True}
+    row |= {"HAS_NORMED": True, "QUANTIZE": True}
     del row["ROWS"]
     build("rms_norm_quant", kernel, pointers, row, num_warps=8)
     constants = {**row, "HAS_NORMED": False, "normed": None}
     build("rms_norm_quant fp32", kernel, pointers | {"s": F32}, constants, num_warps=8)
+    constants = {**row, "QUANTIZE": False, "q": None, "s": None}
+    build("rms_norm", kernel, pointers, constants, num_warps=8)
     kernel = weight_quant._weight_quant_kernel
     for name, scale in (("ue8m0", BYTES), ("fp32", F32)):
         pointers = {"w": BF16, "q": BYTES, "s": scale}

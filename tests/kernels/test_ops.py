@@ -152,6 +152,8 @@ def test_opcheck(backend, device):
         ("silu_mul_quant", (x, 32, True, 105, "row_major", None, places, 3)),
         ("rms_norm_quant", (x, weight, 1e-6, None, 32)),
         ("rms_norm_quant", (x, weight, 1e-6, x, 32, True, 105, "mn_major_packed", True)),
+        ("add_rms_norm", (x, weight, 1e-6)),
+        ("add_rms_norm", (x, weight, 1e-6, x)),
         ("weight_quant", (x, True)),
         ("weight_dequant", (w, sf, [128, 128], c, BF16)),
         ("gemm", (q, s, w, sf, c, None, [128, 128], BF16)),

@@ -119,3 +119,15 @@ def test_empty(backend, device):
     x, weight = torch.zeros(0, 300, device=device), torch.ones(300, device=device)
     q, s, total = backend.rms_norm_quant(x, weight, EPS, x, ue8m0=True)
     assert q.shape == (0, 300) and s.shape == (0, 3) and total.shape == (0, 300)
+
+
+@BACKENDS
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unquantized(backend, device, poison, dtype, with_residual):
+    x, weight = operands(7, 300, dtype, device)
+    residual = operands(7, 300, dtype, device)[0] if with_residual else None
+    *total, normed = backend.rms_norm_quant(x, weight, EPS, residual, normed=True)[2:]
+    out = backend.add_rms_norm(x, weight, EPS, residual)
+    assert all(same_bits(a, b) for a, b in zip(out, [normed, *total], strict=True))
+    assert [t.shape for t in backend.add_rms_norm(x[:0], weight, EPS, x[:0])] == [(0, 300)] * 2

@@ -101,6 +101,15 @@ def _rms_norm_quant() -> Iterator[Case]:
         )  # fmt: skip
 
 
+def _add_rms_norm() -> Iterator[Case]:
+    for (M, K), dtype, added in product(((FEW, 400), (70, 1300)), (BF16, F32), (True, False)):
+        x, residual, weight = (_activations(*s, dtype=dtype) for s in ((M, K), (M, K), (K,)))
+        names = ("norm", "sum with the residual") if added else ("norm",)
+        arguments = (x, weight, 1e-6, residual if added else None)
+        text = f"{M}x{K} {dtype}{', residual' if added else ''}"
+        yield Case(text, arguments, {}, INEXACT, names)
+
+
 def _weight_quant() -> Iterator[Case]:
     for (N, K), ue8m0 in product(((300, 400), (70, 90)), (True, False)):
         text = f"{N}x{K}, {'ue8m0' if ue8m0 else 'fp32'} scales"
@@ -200,6 +209,7 @@ _CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "act_quant": lambda: _quantizer(1, 0.0),
     "silu_mul_quant": lambda: _quantizer(2, INEXACT),
     "rms_norm_quant": _rms_norm_quant,
+    "add_rms_norm": _add_rms_norm,
     "weight_quant": _weight_quant,
     "weight_dequant": _weight_dequant,
     "gemm": _gemm,

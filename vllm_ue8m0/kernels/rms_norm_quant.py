@@ -1,8 +1,8 @@
-"""RMSNorm, with or without the residual add, quantized: x [M, K] -> e4m3 [M, K] and scales.
+"""RMSNorm, with or without the residual add, and quantized: x [M, K] -> e4m3 [M, K] and scales.
 
 r = x + residual, rounded to x's dtype and written to residual_out (r = x without a residual);
 y = r / sqrt(mean(r^2) + eps) * weight, in float32 from the rounded r, rounded once to x's dtype and
-written to normed if that is given; then quantized exactly as act_quant does. These are the
+written to normed if that is given; then, if q is, quantized as act_quant does. These are the
 roundings of the separate steps as vLLM's CUDA kernels take them; only the order of the sum over K
 is left open, and it depends on K alone.
 x, residual: unit stride along K; weight [K] contiguous; q, residual_out, normed contiguous.
@@ -22,7 +22,7 @@ def _rms_norm_quant_kernel(
     x, residual, weight, q, s, residual_out, normed, eps, M, K, groups, stride_xm, stride_rm,
     stride_s, FLOOR: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     MN_MAJOR: tl.constexpr, PACKED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_NORMED: tl.constexpr, PDL: tl.constexpr,
+    HAS_NORMED: tl.constexpr, QUANTIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(PDL)
     dtype: tl.constexpr = x.dtype.element_ty
@@ -46,10 +46,11 @@ def _rms_norm_quant_kernel(
     result = round_to(values * rstd[:, None] * scale, dtype)
     if HAS_NORMED:
         tl.store(normed + place, result, mask=mask)
-    store_tile(
-        to_float(result), q, s, None, row, 0, M, K, groups, stride_s,
-        FLOOR, GROUP, 1, GROUPS, MN_MAJOR, PACKED, 0,
-    )  # fmt: skip
+    if QUANTIZE:
+        store_tile(
+            to_float(result), q, s, None, row, 0, M, K, groups, stride_s,
+            FLOOR, GROUP, 1, GROUPS, MN_MAJOR, PACKED, 0,
+        )  # fmt: skip
 
 
 def launch(
@@ -57,8 +58,8 @@ def launch(
     residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
-    q: torch.Tensor,
-    s: torch.Tensor,
+    q: torch.Tensor | None,
+    s: torch.Tensor | None,
     residual_out: torch.Tensor | None,
     normed: torch.Tensor | None,
     group: int,
@@ -66,15 +67,18 @@ def launch(
     mn_major: bool,
     num_warps: int,
 ) -> None:
-    """Normalize and quantize; the dtype of s (uint8, float32, int32) selects the kind of scale."""
+    """Normalize and, given q and s, quantize; s is of uint8, float32 or int32, for packed bytes."""
     M, K = x.shape
     groups = triton.cdiv(K, group)
+    packed = s is not None and s.dtype == torch.int32
     _rms_norm_quant_kernel[(M,)](
-        x, residual, weight, q.view(torch.uint8), s, residual_out, normed, eps, M, K, groups,
+        x, residual, weight, None if q is None else q.view(torch.uint8), s, residual_out, normed,
+        eps, M, K, groups,
         x.stride(0) if M > 1 else K,
-        K if residual is None or M == 1 else residual.stride(0), s.stride(1),
+        K if residual is None or M == 1 else residual.stride(0), 0 if s is None else s.stride(1),
         FLOOR=floor, GROUP=group,
-        GROUPS=max(triton.next_power_of_2(groups), 4 if s.dtype == torch.int32 else 1),
-        MN_MAJOR=mn_major, PACKED=s.dtype == torch.int32, HAS_RESIDUAL=residual is not None,
-        HAS_NORMED=normed is not None, num_warps=num_warps, **dependent_launch(x.device), **FMA,
+        GROUPS=max(triton.next_power_of_2(groups), 4 if packed else 1),
+        MN_MAJOR=mn_major, PACKED=packed, HAS_RESIDUAL=residual is not None,
+        HAS_NORMED=normed is not None, QUANTIZE=q is not None, num_warps=num_warps,
+        **dependent_launch(x.device), **FMA,
     )  # fmt: skip

@@ -59,6 +59,8 @@ __all__ = [
     "make_prepare_finalize",
     "most_rows",
     "platform",
+    "prefer_norm",
+    "register_norm",
     "register_quantization_config",
     "replace_parameter",
     "router_ids_dtype",
@@ -153,6 +155,29 @@ def router_ids_dtype() -> torch.dtype:
     """Of the experts' ids, where no all-to-all wants another: int32 but of a simulated routing."""
     simulated = os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
     return torch.int64 if simulated else torch.int32
+
+
+def register_norm(
+    op: str, provider: str, run: Callable[..., Any], takes: Callable[..., bool]
+) -> None:
+    """Make an implementation of one of vLLM's norms known; vLLM warns once an order is set."""
+    from vllm import ir
+
+    if provider not in getattr(ir.ops, op).impls:
+        getattr(ir.ops, op).register_impl(provider, supports_args=takes)(run)
+
+
+def prefer_norm(op: str, provider: str) -> None:
+    """Put it first in the model that is being built, where the order is still vLLM's default."""
+    from vllm import ir
+    from vllm.platforms import current_platform
+
+    config = current_config()
+    order = config.kernel_config.ir_op_priority  # vLLM's compile key has it
+    default = getattr(current_platform.get_default_ir_op_priority(config), op)
+    if getattr(order, op) == default:
+        setattr(order, op, [provider, *default])
+        getattr(ir.ops, op).set_default([provider, *default])
 
 
 def knows_method(name: str) -> bool:

@@ -14,7 +14,7 @@ import torch
 from .. import warmup
 from ..checkpoint.check import check_local_checkpoint
 from ..formats import ConfigError, QuantSpec, check_model_type
-from . import compat
+from . import compat, norms
 from .weights import LoadReport
 
 NAME = "ue8m0"
@@ -124,6 +124,8 @@ class Ue8m0Config(compat.QuantizationConfig):  # type: ignore[misc]
             return
         self._options_read = True
         config = compat.current_config()
+        if config is not None and compat.platform() == "cuda":
+            norms.prefer()
         additional = getattr(config, "additional_config", None)
         if not isinstance(additional, dict):
             return
@@ -158,3 +160,4 @@ class Ue8m0Config(compat.QuantizationConfig):  # type: ignore[misc]
 def register_method() -> None:
     """Make the name known to vLLM; safe to call again."""
     compat.register_quantization_config(NAME)(Ue8m0Config)
+    norms.register()

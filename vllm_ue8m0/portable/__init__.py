@@ -9,6 +9,7 @@ from .plans import experts_plan, linear_plan
 from .products import batched_experts, describe, experts, gemm, linear
 from .quant import (
     act_quant,
+    add_rms_norm,
     describe_quant,
     rms_norm_quant,
     silu_mul_quant,
@@ -19,6 +20,7 @@ from .quant import (
 
 __all__ = [
     "act_quant",
+    "add_rms_norm",
     "batched_experts",
     "describe",
     "describe_quant",

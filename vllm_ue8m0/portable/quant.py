@@ -110,6 +110,21 @@ def rms_norm_quant(
     return [out for out in (q, s, total, result) if out is not None]
 
 
+def add_rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """RMSNorm of x + residual, not quantized; see reference.add_rms_norm."""
+    total = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if normed.numel():
+        rms_norm_quant_kernel.launch(
+            unit_stride(x), None if residual is None else unit_stride(residual),
+            weight.contiguous(), eps, None, None, total, normed, BLOCK, SF_FLOOR, False,
+            rms_norm_quant_warps(x.shape[1]),
+        )  # fmt: skip
+    return [normed] if total is None else [normed, total]
+
+
 def weight_quant(w: torch.Tensor, ue8m0: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a weight [N, K] in 128x128 blocks; see reference.weight_quant. Waits for the GPU."""
     q, s = weight_quant_unchecked(w, ue8m0)

@@ -11,6 +11,7 @@ activation groups are 1 x gk. The last group or block may be partial.
 from .products import batched_experts, experts, gemm, linear, matmul
 from .quant import (
     act_quant,
+    add_rms_norm,
     dequantize,
     dequantize_activations,
     e4m3_to_float,
@@ -25,6 +26,7 @@ from .quant import (
 
 __all__ = [
     "act_quant",
+    "add_rms_norm",
     "batched_experts",
     "dequantize",
     "dequantize_activations",

@@ -98,6 +98,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (values * rstd * weight.to(torch.float32)).to(x.dtype)
 
 
+def add_rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """[rms_norm of x [M, K]], or [rms_norm of x + residual, that sum], rounded to x's dtype."""
+    if residual is None:
+        return [rms_norm(x, weight, eps)]
+    x = x + residual
+    return [rms_norm(x, weight, eps), x]
+
+
 def rms_norm_quant(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -114,11 +124,9 @@ def rms_norm_quant(
     The sum with the residual is rounded to x's dtype before the norm and is the next result, if
     there is a residual; the norm's result, in x's dtype, is the last one if `normed`.
     """
-    if residual is not None:
-        x = x + residual
-    result = rms_norm(x, weight, eps)
+    result, *total = add_rms_norm(x, weight, eps, residual)
     out = [*act_quant(result, group, ue8m0, floor, layout)]
-    return out + ([x] if residual is not None else []) + ([result] if normed else [])
+    return out + total + ([result] if normed else [])
 
 
 def fake_quant(x: torch.Tensor, group: int, activation_scale: str) -> torch.Tensor:
