@@ -24,9 +24,9 @@ def post(url, **body):
 
 
 def test_api_server_and_client(tmp_path):
-    args = ["--quantization", "ue8m0", "--enforce-eager", "--served-model-name", "tiny", *SMALL_OPTIONS]
+    args = ["--quantization", "ue8m0", "--enforce-eager", "--served-model-name", "tiny"]
     log = tmp_path / "server.log"
-    with serve(MODEL, *args, log=log) as url:
+    with serve(MODEL, *args, *SMALL_OPTIONS, log=log) as url:
         with urllib.request.urlopen(f"{url}/v1/models") as reply:
             assert json.load(reply)["data"][0]["id"] == "tiny"
         common = {"model": "tiny", "max_tokens": 8, "temperature": 0}

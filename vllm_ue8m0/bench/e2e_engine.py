@@ -19,6 +19,8 @@ import json
 import random
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -91,10 +93,27 @@ def generate(llm: Any, prompts: list[dict[str, list[int]]], tokens: int) -> floa
     return time.perf_counter() - begun
 
 
-def timed(llm: Any, prompts: list[dict[str, list[int]]], tokens: int) -> list[tuple[int, float]]:
+def read(llm: Any, prompts: list[dict[str, list[int]]]) -> float:
+    """The first token of every prompt; seconds.
+
+    All prompts are there when the first is scheduled. Sent one by one, the first would be a step of
+    its own in some runs and not in others (2026-11-23: two steps or three, 15 ms apart).
+    """
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
+    llm.sleep(level=0)
+    llm.enqueue(prompts, params, use_tqdm=False)
+    begun = time.perf_counter()
+    llm.wake_up(tags=["scheduling"])
+    llm.wait_for_completion(use_tqdm=False)
+    return time.perf_counter() - begun
+
+
+def timed(llm: Any, work: Callable[[], float]) -> list[tuple[int, float]]:
     """Rows and us of each step of a generation, on the first rank."""
     llm.collective_rpc(e2e_worker.time_steps, args=(True,))
-    generate(llm, prompts, tokens)
+    work()
     steps: list[tuple[int, float]] = llm.collective_rpc(e2e_worker.time_steps, args=(False,))[0]
     return steps
 
@@ -103,7 +122,8 @@ def decode(llm: Any, prompts: Prompts, batch: int, context: int, steps: int) -> 
     """A step that decodes one token for each of `batch` requests."""
     # While the last prompts are read the first requests decode already, and so end sooner.
     tokens = WARM_STEPS + steps + batch * context // 1024 + 8
-    times = [us for rows, us in timed(llm, prompts.draw(batch, context), tokens) if rows == batch]
+    timings = timed(llm, partial(generate, llm, prompts.draw(batch, context), tokens))
+    times = [us for rows, us in timings if rows == batch]
     if len(times) < WARM_STEPS + steps:
         raise RuntimeError(f"only {len(times)} steps of {batch} rows for batch {batch}")
     reading = generate(llm, prompts.draw(batch, context), 1)
@@ -117,8 +137,12 @@ def decode(llm: Any, prompts: Prompts, batch: int, context: int, steps: int) -> 
 
 def prefill(llm: Any, prompts: Prompts, count: int, tokens: int) -> dict[str, float]:
     """Reading `count` prompts, until each has its first token."""
-    seconds = [generate(llm, prompts.draw(count, tokens), 1) for _ in range(2 + PREFILLS)]
-    gpu = [sum(us for _, us in timed(llm, prompts.draw(count, tokens), 1)) for _ in range(PREFILLS)]
+
+    def once() -> float:
+        return read(llm, prompts.draw(count, tokens))
+
+    seconds = [once() for _ in range(2 + PREFILLS)]
+    gpu = [sum(us for _, us in timed(llm, once)) for _ in range(PREFILLS)]
     return {"wall_us": median(seconds[2:]) * 1e6, "gpu_us": median(gpu)}
 
 
