@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import operators
 import torch
 from harness import SMALL
 
@@ -111,6 +112,13 @@ class Served:
                 own = torch.tensor([logprobs[token].logprob for logprobs, token in pairs])
                 found.append((own, torch.stack(list(map(in_order, output.outputs[0].logprobs)))))
         return found
+
+    def operators(self, _=None) -> dict:
+        """What `operators.compare` says of every prompt and a token after it."""
+        self.llm.apply_model(operators.watch)
+        for prompt in self.prompts:
+            self.ask([prompt], max_tokens=2)
+        return self.llm.apply_model(operators.compare)[0]
 
     def counters(self, _=None) -> dict:
         metrics = self.llm.get_metrics()

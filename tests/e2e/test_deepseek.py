@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_deepseek.checkpoint import encode
 from tiny_deepseek.model import CUDA, Rounding, TinyDeepseek
 
+from vllm_ue8m0.agreement import EXPERTS_DIFF, PRODUCT_DIFF
+
 MODEL = FIXTURES / "tiny_deepseek"
 TOKENS = 4096
 pytestmark = pytest.mark.vllm
@@ -118,6 +120,34 @@ def test_tensor_parallel_rounds_like_the_trained_model(trained, prompts, served)
     found = kl(truth, served(MODEL, prompts, tensor_parallel_size=2)["logits"])
     print(found)
     assert found < kl(truth, trained("fp32"))
+
+
+@pytest.mark.parametrize("scale", ["ue8m0", "fp32"])
+def test_every_layer_rounds_as_asked(prompts, served, scale):
+    """Every FP8 layer's output is that of the scales asked for, and not of the others.
+
+    On a GPU in the compiled graph, at rows that take every regime of the kernels.
+    """
+    graph = {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "NONE"}}
+    # Attention takes up to 512 rows for decoding (FlashAttention's), without kv_b_proj.
+    lengths, text = (700, 40, 7) if GPU else (70, 7), prompts[0] + prompts[1]
+    run = served(
+        MODEL, [text[:length] for length in lengths], steps=[("operators", None)],
+        **(graph if GPU else {}), **options(activation_scale=scale),
+    )  # fmt: skip
+    (layers,) = run["steps"]
+    other = "fp32" if scale == "ue8m0" else "ue8m0"
+    names = {name.rsplit(".", 1)[-1] for name in layers}
+    assert names >= {"fused_qkv_a_proj", "q_b_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert len(layers) == 2 * 4 + 2 + 3  # attention, a dense MLP, shared and routed experts
+    for name, calls in layers.items():
+        assert calls, name
+        bound = EXPERTS_DIFF if "experts" in name and "shared" not in name else PRODUCT_DIFF
+        for rows, diffs in calls:
+            print(name, rows, diffs)
+            assert diffs[scale] <= bound, (name, rows)
+            assert diffs[other] > 4 * diffs[scale] and diffs[other] > 2e-5, (name, rows)
+    assert {rows for calls in layers.values() for rows, _ in calls} == {*lengths, 1}
 
 
 def test_other_containers_and_no_flag(prompts, served, tmp_path):
