@@ -182,6 +182,19 @@ def test_mtp_draft(prompts, served):
     assert sum(same) > 8
 
 
+@pytest.mark.skipif(not GPU, reason="VLLM_BATCH_INVARIANT=1 is Triton kernels of vLLM's own")
+def test_batch_invariant(prompts, served):
+    """Bit for bit the same alone and in a batch; and the same text with drafts."""
+    same = {"generate": 32, "env": {"VLLM_BATCH_INVARIANT": "1"}}
+    run = served(MODEL, prompts, steps=[("scores", False), ("scores", True)], **same)
+    for one, many in zip(*run["steps"], strict=True):
+        assert all(map(torch.equal, one, many))
+    draft = {"method": "mtp", "num_speculative_tokens": 1}
+    drafted = served(MODEL, prompts, speculative_config=draft, **same)
+    assert drafted["accepted"] > 0
+    assert drafted["greedy"] == run["greedy"]
+
+
 @pytest.mark.skipif(not GPU, reason="vLLM's CPU build has no FP8 cache for MLA")
 def test_fp8_kv_cache(trained, prompts, served):
     run = served(MODEL, prompts, kv_cache_dtype="fp8")
