@@ -11,15 +11,12 @@ else     out [slots, N], a row times its slot's weight, at the row's slot (order
 
 The loop is prefill_gemm's for 256 x 128 (there: turns, reading scales ahead, pinned FMAs), but
 with two tiles of w for one of a: gate and up of the same columns, or neighbours. Of a tile
-of at most 64 rows that is its expert's only one, each warpgroup has one tile of w; up reaches the
-first through shared memory.
+of at most 64 rows each warpgroup has one tile of w; up reaches the first through shared memory.
 
 An expert's tiles that are multiplied at the same time read w from memory once, if they keep pace:
 L2 holds few blocks of K of all that is read at once. Programs that take every 132nd unit drift
 apart; so units are taken in order, by whatever program is ready. H100, 2026-11-23, 8,192 tokens,
-256 experts of 2048: 7.1 ms the layer for 10.7. For the same reason a tile of at most 64 rows beside
-others of its expert is not divided, which would end it early: the second warpgroup has none of its
-rows. The same layer: 7.47 ms for 7.55; 2,048 tokens: 4.31 for 4.32.
+256 experts of 2048: 7.1 ms the layer for 10.7.
 """
 
 import torch
@@ -49,7 +46,7 @@ from .hopper import (
     wait_for_inputs,
 )
 from .prefill_gemm import COPY_REGISTERS, MATH_REGISTERS, REGISTERS
-from .route import TILE_FIELDS, Tiles
+from .route import Tiles
 
 STAGES = 4
 
@@ -100,14 +97,7 @@ def _multiply(
         following = gl.max(next_smem.index(stage).load(one), 0)
         tile1, expert1, row1, end1, n1 = ordered_unit(following, units, tiles, tiles_n)
         scale_row = tile * 128
-        both = end - row > 64  # each warpgroup has 64 rows
-        divided = (not both) and gl.load(tiles + tile * TILE_FIELDS + 4) == 1
-        if WG == 1 and not (both or divided):
-            for _ in range(NK):
-                mbarrier.wait(ready.index(stage), phase)
-                mbarrier.arrive(empty.index(stage), count=1)
-                stage, phase = next_stage(stage, phase, 1, STAGES)
-        elif not divided:
+        if end - row > 64:  # each warpgroup has 64 rows
             row += WG * 64
             scale_row += WG * 64
             scale = scales.index(stage * 2 + WG).load(rows)
@@ -119,24 +109,20 @@ def _multiply(
                 next0 = gl.load(ws0 + ahead)
                 next1 = gl.load(ws1 + ahead)
                 a = a_smem.index(stage).slice(WG * 64, 64)
-                if both:
-                    take_turn(WG)
+                take_turn(WG)
                 token = warpgroup_mma(
                     a, w_smem.index(2 * stage).permute((1, 0)), raw, use_acc=False, is_async=True
                 )
-                if both:
-                    pass_turn(WG)
+                pass_turn(WG)
                 raw = warpgroup_mma_wait(0, deps=[token])
                 acc0 = add_scaled_rows(raw, f0, acc0)
                 raw, acc0 = warpgroup_mma_wait(0, deps=[raw, acc0])
-                if both:
-                    take_turn(WG)
+                take_turn(WG)
                 token = warpgroup_mma(
                     a, w_smem.index(2 * stage + 1).permute((1, 0)), raw,
                     use_acc=False, is_async=True,
                 )  # fmt: skip
-                if both:
-                    pass_turn(WG)
+                pass_turn(WG)
                 used = empty.index(stage)
                 stage, phase = next_stage(stage, phase, 1, STAGES)
                 mbarrier.wait(ready.index(stage), phase, pred=k + 1 < NK)
