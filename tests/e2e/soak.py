@@ -8,7 +8,7 @@ more than the limit and send what is no request (soak_load.py). Held against wha
 besides the form of every answer:
 
   probes    greedy prompts, asked alone before and after: the same text
-  memory    of the server's processes and of the GPUs: the same after a third and at the end
+  memory    of the server's processes, there and on the GPUs: the same after a third and at the end
   log       no error and no traceback
   metrics   no request running or waiting at the end
 
@@ -135,9 +135,10 @@ def server_pid(url: str) -> int:
 
 def memory_of(pid: int) -> Memory:
     """Of the session that a process leads."""
-    pages = [_read(one, "statm").split() for one in _processes() if _stat(one)[3] == pid]
+    session = [one for one in _processes() if _stat(one)[3] == pid]
+    pages = [_read(one, "statm").split() for one in session]
     rss = sum(int(found[1]) for found in pages if found)
-    return Memory(rss * os.sysconf("SC_PAGESIZE") / 2**20, _gpu_memory())
+    return Memory(rss * os.sysconf("SC_PAGESIZE") / 2**20, _gpu_memory(session))
 
 
 def _processes() -> list[int]:
@@ -157,13 +158,27 @@ def _stat(pid: int) -> list[int]:
     return [0, *map(int, numbers[1:4])] if numbers else [0, 0, 0, 0]
 
 
-def _gpu_memory() -> float | None:
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+def _gpu_memory(pids: list[int]) -> float | None:
+    """Of these processes, or where nvidia-smi does not see them (containers) of all."""
+    own = of_processes(_nvidia_smi("compute-apps=pid,used_gpu_memory"), pids)
+    used = _nvidia_smi("gpu=memory.used").split()
+    return own if own is not None else sum(map(float, used)) if used else None
+
+
+def of_processes(listed: str, pids: list[int]) -> float | None:
+    """The sum of lines `PID, MIB` of these processes; None if there is none."""
+    lines = [line.split(", ") for line in listed.splitlines()]
+    found = [mib for pid, mib in lines if pid.isdigit() and int(pid) in pids and mib.isdigit()]
+    return sum(map(float, found)) if found else None
+
+
+def _nvidia_smi(query: str) -> str:
+    command = ["nvidia-smi", f"--query-{query}", "--format=csv,noheader,nounits"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
-    return sum(map(float, run.stdout.split()))
+        return ""
+    return run.stdout
 
 
 def main(arguments: list[str]) -> int:

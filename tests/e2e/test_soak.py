@@ -11,7 +11,7 @@ from harness import FIXTURES, HERE, SMALL_OPTIONS
 aiohttp = pytest.importorskip("aiohttp")
 
 from aiohttp import web  # noqa: E402
-from soak import Memory, log_errors, memory_of, soak  # noqa: E402
+from soak import Memory, log_errors, memory_of, of_processes, soak  # noqa: E402
 from soak_load import DECK  # noqa: E402
 
 LIMIT = 64
@@ -143,6 +143,13 @@ def test_growth_is_seen():
 def test_errors_in_a_log():
     log = "INFO ok\n(EngineCore pid=7) ERROR 11-23 x\nTraceback (most recent call last):\nERRORS 0"
     assert len(log_errors(log)) == 2
+
+
+def test_gpu_memory_of_processes():
+    listed = "12, 500\n345, 1024\n7, [N/A]\n345, 76\n"
+    assert of_processes(listed, [345, 7, 1]) == 1100
+    assert of_processes(listed, [7, 34]) is None
+    assert of_processes("", [12]) is None
 
 
 def test_memory_of_a_session():
