@@ -62,6 +62,24 @@ def test_the_users_order_stays(config):
     assert priority(config) == ["vllm_c", "ue8m0"]
 
 
+@pytest.mark.parametrize("error", [ImportError, AttributeError, TypeError])
+def test_a_vllm_that_takes_none_keeps_its_own(config, monkeypatch, error):
+    """The plugin is loaded for every model: one release's change must not stop them all."""
+    warned = []
+
+    def refuse(*args):
+        raise error("no such thing")
+
+    monkeypatch.setattr(compat, "register_norm", refuse)
+    monkeypatch.setattr(compat, "has_norm", lambda *args: False)
+    monkeypatch.setattr(norms.logger, "warning", lambda *args: warned.append(args))
+    norms.register()
+    assert len(warned) == 1
+    before = priority(config)
+    norms.prefer()
+    assert priority(config) == before
+
+
 def test_nothing_changes_on_a_cpu(config):
     from vllm_ue8m0.formats import QuantSpec
     from vllm_ue8m0.plugin.config import Ue8m0Config

@@ -54,6 +54,7 @@ __all__ = [
     "current_config",
     "deep_gemm_conditions",
     "dispatches_inside_experts",
+    "has_norm",
     "init_logger",
     "knows_method",
     "make_prepare_finalize",
@@ -165,6 +166,16 @@ def register_norm(
 
     if provider not in getattr(ir.ops, op).impls:
         getattr(ir.ops, op).register_impl(provider, supports_args=takes)(run)
+
+
+def has_norm(op: str, provider: str) -> bool:
+    """Whether register_norm did."""
+    try:
+        from vllm import ir
+
+        return provider in getattr(ir.ops, op).impls
+    except (ImportError, AttributeError):
+        return False
 
 
 def prefer_norm(op: str, provider: str) -> None:

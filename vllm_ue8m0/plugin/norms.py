@@ -11,6 +11,7 @@ from ..formats import BLOCK
 from ..library import OPS
 from . import compat
 
+logger = compat.init_logger(f"vllm.{__name__}")
 MAX_COLUMNS = 128 * BLOCK  # of a row, which a program holds in registers
 
 
@@ -66,12 +67,20 @@ NAME = "ue8m0"
 
 
 def register() -> None:
-    """Make them known to vLLM, for `--ir-op-priority` too; safe to call again."""
-    compat.register_norm("rms_norm", NAME, rms_norm, _takes_norm)
-    compat.register_norm("fused_add_rms_norm", NAME, fused_add_rms_norm, _takes_sum)
+    """Make them known to vLLM, for `--ir-op-priority` too; safe to call again.
+
+    vLLM calls this for every model. So a release beyond the tested ones that takes them no longer
+    keeps its own norms, with a warning.
+    """
+    try:
+        compat.register_norm("rms_norm", NAME, rms_norm, _takes_norm)
+        compat.register_norm("fused_add_rms_norm", NAME, fused_add_rms_norm, _takes_sum)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        logger.warning("ue8m0: norms stay vLLM's own, which takes no others: %s", error)
 
 
 def prefer() -> None:
     """Put them before vLLM's own in the model that is being built, unless the user chose others."""
-    compat.prefer_norm("rms_norm", NAME)
-    compat.prefer_norm("fused_add_rms_norm", NAME)
+    for op in ("rms_norm", "fused_add_rms_norm"):
+        if compat.has_norm(op, NAME):
+            compat.prefer_norm(op, NAME)
