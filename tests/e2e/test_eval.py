@@ -63,13 +63,14 @@ def test_eval(tmp_path, capsys):
     assert close["tokens"] == 1000 and close["windows"] == 5
     assert scored["total"]["perplexity"] == close["perplexity"]
     assert close["perplexity"] == pytest.approx(close["reference_perplexity"], rel=0.02)
-    if GPU:  # test_served_equals_the_training_forward says why
-        assert close["kl"] < 0.01
-    else:
-        assert close["kl"] < 1e-3 and close["kl"] < far["kl"] and close["top1"] > far["top1"]
+    assert close["kl"] < (0.01 if GPU else 1e-3)
     # Recordings of 40 of 258 tokens against both forwards' full logits.
     full, bound = kl(plain, trained), score("trained", "plain")["kl"]
     print(f"served {close}, without rounded activations {far}, bound {bound} of {full}")
     assert 0.95 * full < bound <= full
     order = np.diff(served.top_logprobs, axis=1)
     assert (order <= 0).all() and (served.top_logprobs < 1e-6).all()
+    closer = close["kl"] < far["kl"] and close["top1"] > far["top1"]
+    if GPU and not closer:  # test_served_equals_the_training_forward says why
+        pytest.xfail("FP8 tensor cores' 14 bits are as far as rounded activations")
+    assert closer
