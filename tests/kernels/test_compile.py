@@ -265,11 +265,13 @@ def compile_routing(build) -> None:
 
     rows, experts, topk = 64, 256, 8
     tensors = ("expert_map", "counts", "done", "starts", "destinations", "order", "scale_rows")
-    pointers = dict.fromkeys((*tensors, "tiles", "num_tiles"), I32) | {"topk_ids": I64}
+    tensors += ("tiles", "num_tiles", "tall_tiles", "num_tall")
+    pointers = dict.fromkeys(tensors, I32) | {"topk_ids": I64}
     tile = {"ROWS": rows, "PITCH": route.scale_pitch(rows), "PDL": True}
     sizes = {**tile, "SLOTS": route.SLOTS}
     for one in (True, False):
         constants = {**sizes, "EXPERTS": experts, "ONE": one}
+        constants |= {"TALL_TILES": 2, "TALL_ROWS": 128}
         name = "route count and place" if one else "route count"
         build(name, route._count_kernel, pointers, constants, num_warps=8)
     build("route place", route._place_kernel, pointers, sizes, num_warps=8)

@@ -12,10 +12,11 @@ def check(topk_ids, num_experts, rows, expert_map=None):
     from vllm_ue8m0.kernels.config import act_quant_config
 
     counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_ids.device)
-    routing = route.launch(topk_ids, expert_map, num_experts, rows, counts)
-    assert not counts.any()
-    slot, scale_rows = check_routing(routing, topk_ids, num_experts, rows, expert_map)
-    assert torch.equal(routing.scale_rows.reshape(-1).cpu()[slot].long(), scale_rows)
+    for tall in (True, False) if rows >= 16 else (False,):
+        routing = route.launch(topk_ids, expert_map, num_experts, rows, counts, tall)
+        assert not counts.any()
+        slot, scale_rows = check_routing(routing, topk_ids, num_experts, rows, expert_map, tall)
+        assert torch.equal(routing.scale_rows.reshape(-1).cpu()[slot].long(), scale_rows)
 
     def quantize(x, q, s):
         places = {"destinations": routing.destinations, "scale_rows": routing.scale_rows}
@@ -53,9 +54,11 @@ def check_quantized(quantize, topk_ids, num_experts, rows, expert_map):
         assert same_bits(s[places.to(device)], scales[token])
 
 
-def check_routing(routing, topk_ids, num_experts, rows, expert_map):
+def check_routing(routing, topk_ids, num_experts, rows, expert_map, tall=False):
     """Gives the slots in their order, and their rows of scales."""
-    destinations, order, tiles = routing.destinations, routing.order, routing.tiles
+    from vllm_ue8m0.kernels.expert_config import PREFILL_ROWS, TALL_TILES
+
+    destinations, order = routing.destinations, routing.order
     experts = topk_ids.reshape(-1).long().cpu()
     if expert_map is not None:
         known = (experts >= 0) & (experts < len(expert_map))
@@ -68,27 +71,34 @@ def check_routing(routing, topk_ids, num_experts, rows, expert_map):
     slot = order.long().cpu()[: int(used.sum())]
     assert torch.equal(place[slot], torch.arange(len(slot)))
     assert torch.equal(experts[slot], experts[slot].sort().values)
-    wanted, scale_rows, start, tiles_of = [], [], 0, [0]
+    low, high, scale_rows, start, place = [], [], [], 0, 0
     for expert in range(num_experts):
-        end = start + int((experts == expert).sum())
-        for i in range(start, end, rows):
-            first = len(wanted) * max(rows, 16)
-            scale_rows += range(first, first + min(rows, end - i))
-            wanted.append([expert, i, min(i + rows, end)])
-        tiles_of.append(len(wanted))
-        start = end
-    assert len(wanted) == int(routing.num_tiles) <= len(tiles)
-    for tile in wanted:
-        first, end = tiles_of[tile[0]], tiles_of[tile[0] + 1]
-        tile += [first, end - first]
-    assert tiles[: len(wanted)].tolist() == wanted
+        count, pitch = int((experts == expert).sum()), max(rows, 16)
+        number = -(-count // rows)
+        for i in range(count):
+            scale_rows.append(place + i // rows * pitch + i % rows)
+        many = tall and number > TALL_TILES
+        listed, step = (high, PREFILL_ROWS) if many else (low, rows)
+        first, each = len(listed), -(-count // step)
+        for i in range(each):
+            tile = start + i * step, start + min((i + 1) * step, count)
+            listed.append([expert, *tile, first, each, place + i * (step if many else pitch)])
+        start, place = start + count, place + number * pitch
+    for tiles, wanted in ((routing, low), (routing.tall, high)):
+        if tiles is None:
+            assert not wanted
+            assert not tall
+            continue
+        assert tiles.order is order
+        assert len(wanted) == int(tiles.num_tiles) <= len(tiles.tiles)
+        assert tiles.tiles[: len(wanted)].tolist() == wanted
     return slot, torch.tensor(scale_rows, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("M", "topk", "E", "rows"), [
     (1, 8, 256, 8), (3, 2, 5, 8), (16, 8, 24, 8), (32, 8, 60, 8), (21, 6, 3, 16), (40, 3, 2, 64),
-    (128, 8, 256, 16), (129, 8, 60, 16), (700, 4, 7, 128),
+    (128, 8, 256, 16), (129, 8, 60, 16), (700, 4, 7, 128), (99, 4, 11, 16), (300, 3, 6, 32),
 ])  # fmt: skip
 def test_slots_are_sorted(device, M, topk, E, rows, dtype):
     ids = torch.randint(-1, E + 1, (M, topk), dtype=dtype, device=device)
@@ -96,9 +106,10 @@ def test_slots_are_sorted(device, M, topk, E, rows, dtype):
 
 
 def test_nothing_and_one_expert(device):
-    nothing = torch.full((5, 3), -1, dtype=torch.int32, device=device)
-    check(nothing, 4, 8)
-    check(torch.full_like(nothing, 2), 4, 8)
+    nothing = torch.full((50, 3), -1, dtype=torch.int32, device=device)
+    for rows in (8, 16):
+        check(nothing, 4, rows)
+        check(torch.full_like(nothing, 2), 4, rows)
 
 
 @pytest.mark.parametrize("M", [6, 400])
@@ -128,7 +139,7 @@ def test_rows_that_lie_with_their_experts(device, T, rows, dtype):
         for i in range(number):
             start, end = expert * T + i * rows, expert * T + min((i + 1) * rows, count)
             places += range(len(wanted) * rows, len(wanted) * rows + end - start)
-            wanted.append([expert, start, end, first, number])
+            wanted.append([expert, start, end, first, number, (first + i) * rows])
     assert tiles.tiles[: int(tiles.num_tiles)].tolist() == wanted
     mask = torch.arange(T)[None] < torch.tensor(used)[:, None]
     assert scale_rows.cpu()[mask].tolist() == places

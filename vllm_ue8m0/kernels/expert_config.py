@@ -13,8 +13,12 @@ from .hopper_config import HALF_SHARED_BYTES, SHARED_BYTES
 # Most expected rows of an expert for tiles of so many; more is for expert_prefill. H100,
 # 2026-11-23, 256 experts of 2048, 512, 768 and 1,024 tokens: in tiles of 32 3,950 us, -, 4,534; of
 # 64 4,114, 4,186 and 4,249; by expert_prefill 4,003, 4,058 and 4,113.
-TOKENS = ((3, 8), (9, 16), (22, 32))
+TOKENS = ((9, 16), (22, 32))
+LEAST_ROWS = 8  # where no expert can have tall tiles
 PREFILL_ROWS = 128
+# Most tiles of an expert that expert_decode multiplies: they read its weights from L2, whose own
+# bandwidth is that of less than two memories'. An expert with more of them has tall tiles.
+TALL_TILES = 2
 MOST_TOPK = 16  # of one token without sorting
 MAX_STAGES = 4
 LONG_WAVES = 3
@@ -36,13 +40,14 @@ class Product:
 class ExpertsConfig:
     """rows: of a tile. gated, down: of expert_decode; None: expert_prefill.
 
-    one_token: every slot of the only token is a tile.
+    one_token: every slot of the only token is a tile. tall: experts with many rows have tall tiles.
     """
 
     rows: int
     gated: Product | None = None
     down: Product | None = None
     one_token: bool = False
+    tall: bool = False
 
 
 def part_blocks(NK: int, step: int, splits: int) -> int:
@@ -76,11 +81,13 @@ def experts_config(
     if not fitting:
         return ExpertsConfig(PREFILL_ROWS)
     one_token = M == 1 and topk <= MOST_TOPK
+    rows = LEAST_ROWS if M <= TALL_TILES * LEAST_ROWS else fitting[0]
     divided = one_token and not invariant
     active = min(E, M * topk * E / num_global)
     splits = gated_splits(active, H, inner, sms) if divided else 1
     waves = active * ceil_div(inner, 128) / sms
-    return _few_rows(fitting[0], H, inner, scale_bytes, splits, one_token, waves, sms)
+    config = _few_rows(rows, H, inner, scale_bytes, splits, one_token, waves, sms)
+    return replace(config, tall=TALL_TILES * rows < M)
 
 
 def batched_config(T: int, H: int, inner: int, scale_bytes: int, sms: int) -> ExpertsConfig:

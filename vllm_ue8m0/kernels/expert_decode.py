@@ -36,7 +36,7 @@ from .hopper import (
     start_dependents,
     wait_for_inputs,
 )
-from .route import Tiles, scale_pitch
+from .route import Tiles
 
 SCALES = 128  # copied of a block of K: what shared memory of the copy engine is aligned to
 
@@ -46,7 +46,6 @@ def _copy(
     w_desc, a_desc, as_desc, tiles, num_tiles, ids, expert_map,
     w_smem, a_smem, as_smem, ready, empty, tiles_n, num_experts, num_global, N, NK,
     STAGES: gl.constexpr, SPLITS: gl.constexpr, GATED: gl.constexpr, TOPK: gl.constexpr,
-    PITCH: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
     FUSED: gl.constexpr = a_desc is None
@@ -61,7 +60,7 @@ def _copy(
         # What routed ended before the gated product that let this kernel start.
         if gl.program_id(0) < units:
             unit = gl.program_id(0)
-            expert, _, _, n, split = unit_tile(
+            expert, _, _, _, n, split = unit_tile(
                 unit, tiles, ids, expert_map, tiles_n, num_experts, num_global, SPLITS, TOPK
             )  # fmt: skip
             if expert >= 0:
@@ -74,10 +73,9 @@ def _copy(
         wait_for_inputs()
     stage, phase, done = 0, 1, 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        expert, row, _, n, split = unit_tile(
+        expert, row, _, scale_row, n, split = unit_tile(
             unit, tiles, ids, expert_map, tiles_n, num_experts, num_global, SPLITS, TOPK
         )  # fmt: skip
-        scale_row = unit // (tiles_n * SPLITS) * PITCH
         if expert >= 0:
             first, steps = part(split, NK, SPLITS, STEP)
             for i in range(steps):
@@ -103,7 +101,7 @@ def _multiply(
     tiles_n, num_experts, num_global, N, K, NK, stride_se, stride_sn, stride_os,
     TOKENS: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, BLOCKS: gl.constexpr,
     GATED: gl.constexpr, TOPK: gl.constexpr, UE8M0: gl.constexpr, FLOOR: gl.constexpr,
-    DTYPE: gl.constexpr, WARPS: gl.constexpr, PITCH: gl.constexpr,
+    DTYPE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = w_smem.shape[1]
     FUSED: gl.constexpr = GATED and TOPK > 0
@@ -123,7 +121,7 @@ def _multiply(
     start_dependents()
     units = (TOPK if TOPK > 0 else gl.load(num_tiles)) * tiles_n * SPLITS
     nearest = gl.minimum(gl.program_id(0), gl.maximum(units - 1, 0))
-    expert, _, _, n, split = unit_tile(
+    expert, _, _, _, n, split = unit_tile(
         nearest, tiles, ids, expert_map, tiles_n, num_experts, num_global, SPLITS, TOPK
     )  # fmt: skip
     # Without any tile this one is not defined.
@@ -141,13 +139,13 @@ def _multiply(
     raw0 = gl.zeros([BLOCK_N, TOKENS], gl.float32, mma)
     raw1 = gl.zeros([BLOCK_N, TOKENS], gl.float32, mma)
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        expert, row, end, n, split = unit_tile(
+        expert, row, end, scale_row, n, split = unit_tile(
             unit, tiles, ids, expert_map, tiles_n, num_experts, num_global, SPLITS, TOPK
         )  # fmt: skip
         first, steps = part(split, NK, SPLITS, STEP)
         # The next unit's weight scales reach shared memory while this one multiplies.
         following = gl.minimum(unit + gl.num_programs(0), units - 1)
-        expert1, _, _, n1, split1 = unit_tile(
+        expert1, _, _, _, n1, split1 = unit_tile(
             following, tiles, ids, expert_map, tiles_n, num_experts, num_global, SPLITS, TOPK
         )  # fmt: skip
         first1, _ = part(split1, NK, SPLITS, STEP)
@@ -193,7 +191,7 @@ def _multiply(
             if expert >= 0:
                 store_gated(
                     acc0, acc1, c, out, out_s, partial, counters, expert, row, end,
-                    unit // (tiles_n * SPLITS) * PITCH, n, unit // SPLITS, split, N, stride_os,
+                    scale_row, n, unit // SPLITS, split, N, stride_os,
                     BLOCK_N, TOKENS, SPLITS, UE8M0, FLOOR, DTYPE, WARPS, mma,
                 )  # fmt: skip
         else:
@@ -217,7 +215,7 @@ def _expert_decode_kernel(
     stride_se, stride_sn, stride_os,
     TOKENS: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, BLOCKS: gl.constexpr,
     GATED: gl.constexpr, TOPK: gl.constexpr, UE8M0: gl.constexpr, FLOOR: gl.constexpr,
-    DTYPE: gl.constexpr, WARPS: gl.constexpr, PITCH: gl.constexpr,
+    DTYPE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """BLOCKS: a power of two, at least a part's blocks of K."""
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[0]
@@ -246,12 +244,11 @@ def _expert_decode_kernel(
                 combined, partial, counters, w_smem, a_smem, as_smem, ws_smem, ready, empty,
                 tiles_n, num_experts, num_global, N, K, NK, stride_se, stride_sn, stride_os,
                 TOKENS, STAGES, SPLITS, BLOCKS, GATED, TOPK, UE8M0, FLOOR, DTYPE, WARPS,
-                PITCH,
             )),
             (_copy, (
                 w_desc, a_desc, as_desc, tiles, num_tiles, ids, expert_map,
                 w_smem, a_smem, as_smem, ready, empty, tiles_n, num_experts, num_global, N, NK,
-                STAGES, SPLITS, GATED, TOPK, PITCH,
+                STAGES, SPLITS, GATED, TOPK,
             )),
         ],
         [1],
@@ -295,6 +292,6 @@ def launch(
         0 if out_s is None else out_s.stride(1),
         TOKENS=rows, STAGES=config.stages, SPLITS=splits, BLOCKS=blocks, GATED=gated, TOPK=topk,
         UE8M0=ue8m0, FLOOR=floor, DTYPE=getattr(gl, str(dtype).removeprefix("torch.")),
-        WARPS=warps, PITCH=scale_pitch(rows), num_warps=warps, launch_pdl=True, **FMA,
+        WARPS=warps, num_warps=warps, launch_pdl=True, **FMA,
         maxnreg=128 if warps == 4 or rows < 64 else 168,
     )  # fmt: skip

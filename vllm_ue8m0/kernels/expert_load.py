@@ -13,7 +13,7 @@ from .hopper import (
     start_dependents,
     wait_for_inputs,
 )
-from .route import TILE_FIELDS
+from .route import LEAST_PITCH, TILE_FIELDS
 
 
 @gluon.jit
@@ -32,18 +32,20 @@ def unit_tile(
     unit, tiles, ids, expert_map, tiles_n, num_experts, num_global,
     SPLITS: gl.constexpr, TOPK: gl.constexpr,
 ):  # fmt: skip
-    """Expert (-1: none), first row and end of a tile; column tile; part of K."""
+    """Expert (-1: none), first row and end of a tile, its scales' first; column tile; part of K."""
     index = unit // (tiles_n * SPLITS)
     if TOPK > 0:
         expert = local_expert(ids + index, expert_map, num_experts, num_global)
         row = index
         end = index + 1
+        scale_row = index * LEAST_PITCH
     else:
         tiles += index * TILE_FIELDS
         expert = gl.load(tiles)
         row = gl.load(tiles + 1)
         end = gl.load(tiles + 2)
-    return expert, row, end, unit // SPLITS % tiles_n, unit % SPLITS
+        scale_row = gl.load(tiles + 5)
+    return expert, row, end, scale_row, unit // SPLITS % tiles_n, unit % SPLITS
 
 
 @gluon.jit
@@ -93,7 +95,7 @@ def quantize_token(
 
 @gluon.jit
 def ordered_unit(unit, units, tiles, tiles_n):
-    """Tile, expert, its first row, the end of its rows, and column tile; of the last unit beyond.
+    """Expert, first row, end, scales' first row, and column tile; of the last unit beyond.
 
     An expert's tiles of the same columns of w follow one another.
     """
@@ -102,9 +104,9 @@ def ordered_unit(unit, units, tiles, tiles_n):
     first = gl.load(entry + 3)
     number = gl.load(entry + 4)
     local = unit - first * tiles_n
-    tile = first + local % number
-    entry = tiles + tile * TILE_FIELDS
-    return tile, gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), local // number
+    entry = tiles + (first + local % number) * TILE_FIELDS
+    scale_row = gl.load(entry + 5)
+    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), scale_row, local // number
 
 
 @gluon.jit
@@ -154,7 +156,7 @@ def copy_ordered(
     early = 0
     if not GATED:
         if unit < units:
-            _, expert, _, _, n = ordered_unit(unit, units, tiles, tiles_n)
+            expert, _, _, _, n = ordered_unit(unit, units, tiles, tiles_n)
             early = gl.minimum(NK, STAGES)
             for i in range(early):
                 mbarrier.expect(ready.index(i), nbytes)
@@ -163,9 +165,9 @@ def copy_ordered(
         start_dependents()
     stage, phase, done = 0, 1, 0
     if unit < units:
-        tile, expert, row, _, n = ordered_unit(unit, units, tiles, tiles_n)
+        expert, row, _, scale_row, n = ordered_unit(unit, units, tiles, tiles_n)
     else:
-        tile, expert, row, n = 0, 0, 0, 0
+        expert, row, scale_row, n = 0, 0, 0, 0
     while unit < units:
         for k in range(NK):
             bar = ready.index(stage)
@@ -177,10 +179,10 @@ def copy_ordered(
             mbarrier.expect(bar, nbytes, pred=late)
             _copy_pair(w_desc, w_smem, bar, stage, expert, n, k, N, late, GATED)
             copy_to_shared(a_desc, [row, k * 128], bar, a_smem.index(stage))
-            copy_to_shared(as_desc, [k, tile * 128], bar, as_smem.index(stage))
+            copy_to_shared(as_desc, [k, scale_row], bar, as_smem.index(stage))
             done += 1
             stage, phase = next_stage(stage, phase, 1, STAGES)
-        tile, expert, row, _, n = ordered_unit(following, units, tiles, tiles_n)
+        expert, row, _, scale_row, n = ordered_unit(following, units, tiles, tiles_n)
         taken = gl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
         if taken == units - 1:
             gl.store(counter, 0)  # every unit takes one, so this is the last

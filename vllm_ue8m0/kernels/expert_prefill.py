@@ -2,7 +2,7 @@
 
 a        [rows, K] e4m3 sorted by expert, with a_s [rows, K/128] column-major uint8 or float32
 w        [E, N, K] e4m3 contiguous with sf [E, N/128, K/128];  c [E, N/128] float32 or None
-tiles    see route.py: an expert and its rows for each tile of 128
+tiles    see route.py: an expert's rows and their scales for each tile of 128
 
 GATED    N = 2 I, gate rows first: out = silu(gate) * up of [rows, I], quantized: e4m3 codes and
          scales out_s [rows, I/128] column-major. Rounded to `dtype` where the steps one by one
@@ -75,9 +75,9 @@ def _multiply(
     raw = gl.zeros([64, 128], gl.float32, mma)
     unit = gl.program_id(0)
     if unit < units:
-        tile, expert, row, end, n = ordered_unit(unit, units, tiles, tiles_n)
+        expert, row, end, scale_row, n = ordered_unit(unit, units, tiles, tiles_n)
     else:
-        tile, expert, row, end, n = 0, 0, 0, 0, 0
+        expert, row, end, scale_row, n = 0, 0, 0, 0, 0
     while unit < units:
         if GATED:
             block0 = n
@@ -95,8 +95,7 @@ def _multiply(
         acc1 = gl.zeros([64, 128], gl.float32, mma)
         mbarrier.wait(ready.index(stage), phase)
         following = gl.max(next_smem.index(stage).load(one), 0)
-        tile1, expert1, row1, end1, n1 = ordered_unit(following, units, tiles, tiles_n)
-        scale_row = tile * 128
+        expert1, row1, end1, scale_row1, n1 = ordered_unit(following, units, tiles, tiles_n)
         if end - row > 64:  # each warpgroup has 64 rows
             row += WG * 64
             scale_row += WG * 64
@@ -179,7 +178,7 @@ def _multiply(
             else:
                 column = n * 256 + WG * 128
                 store_tile(acc0, out, order, slot_weights, row, end, column, N, mma, 8)
-        unit, tile, expert, row, end, n = following, tile1, expert1, row1, end1, n1
+        unit, expert, row, end, scale_row, n = following, expert1, row1, end1, scale_row1, n1
     if WG == 0:
         take_turn(WG)  # the last pass
 

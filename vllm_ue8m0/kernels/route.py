@@ -6,9 +6,11 @@ global ones that it translates; what is not in [0, E) afterwards is skipped.
 destinations [slots] int32   sorted row of each slot, -1: skipped
 order [slots] int32          slot of each sorted row; past the last row undefined
 scale_rows [slots] int32     a slot's row of scales, where tile t starts at row t * pitch
-tiles [T, 5] int32           expert, first row, end of the tile's rows; first of the expert's tiles,
-                             and their number; past the last tile undefined
+tiles [T, 6] int32           expert, first row, end of the tile's rows; first of the expert's tiles,
+                             and their number; first row of scales; past the last tile undefined
 num_tiles [1] int32          tiles that are used: T is a bound, so the host needs no counts
+tall                         tiles PREFILL_ROWS high of the experts that would have more than
+                             TALL_TILES (expert_config.py), which then have none of the others
 
 Scales have rows of their own because the copy engine takes parts of their columns, and those may
 begin at multiples of 16 bytes only: elsewhere it is an illegal instruction.
@@ -18,16 +20,19 @@ on it. counts [E] and done [1] are zeros before and after.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from .config import dependent_launch
+from .expert_config import PREFILL_ROWS, TALL_TILES
 from .tile import wait_for_inputs
 
 SLOTS = 1024  # a program's
-TILE_FIELDS = tl.constexpr(5)
+TILE_FIELDS = tl.constexpr(6)
+LEAST_PITCH = tl.constexpr(16)
 
 
 @triton.jit
@@ -46,18 +51,37 @@ def _place(
     ROWS: tl.constexpr, PITCH: tl.constexpr,
 ):  # fmt: skip
     row = tl.load(starts + expert, mask=used, other=0) + rank
-    tile = tl.load(starts + num_experts + expert, mask=used, other=0) + rank // ROWS
-    tl.store(scale_rows + slot, tile * PITCH + rank % ROWS, mask=used)
+    place = tl.load(starts + num_experts + expert, mask=used, other=0)
+    tl.store(scale_rows + slot, place + rank // ROWS * PITCH + rank % ROWS, mask=used)
     tl.store(destinations + slot, tl.where(used, row, -1), mask=slot < slots)
     tl.store(order + row, slot, mask=used)
+
+
+@triton.jit
+def _list_tiles(
+    tiles, num_tiles, e, start, count, place, used, ROWS: tl.constexpr, PITCH: tl.constexpr
+):
+    """Those of experts e [EXPERTS] that are used, whose first row of scales is at place."""
+    each = tl.where(used, tl.cdiv(count, ROWS), 0)
+    ends = tl.cumsum(each, 0)
+    tl.store(num_tiles, tl.max(ends, 0))
+    for i in range(tl.max(each, 0)):
+        entry = tiles + (ends - each + i) * TILE_FIELDS
+        first = start + i * ROWS
+        tl.store(entry, e, mask=i < each)
+        tl.store(entry + 1, first, mask=i < each)
+        tl.store(entry + 2, tl.minimum(first + ROWS, start + count), mask=i < each)
+        tl.store(entry + 3, ends - each, mask=i < each)
+        tl.store(entry + 4, each, mask=i < each)
+        tl.store(entry + 5, place + i * PITCH, mask=i < each)
 
 
 @triton.jit(do_not_specialize=["slots"])
 def _count_kernel(
     topk_ids, expert_map, counts, done, starts, destinations, order, scale_rows, tiles, num_tiles,
-    slots, num_experts, num_global,
+    tall_tiles, num_tall, slots, num_experts, num_global,
     ROWS: tl.constexpr, PITCH: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
-    ONE: tl.constexpr, PDL: tl.constexpr,
+    ONE: tl.constexpr, TALL_TILES: tl.constexpr, TALL_ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Ranks of the slots among their expert's -> destinations; the last program to end: tiles."""
     wait_for_inputs(PDL)
@@ -74,17 +98,17 @@ def _count_kernel(
         start = tl.cumsum(count, 0) - count
         tl.store(starts + e, start, mask=e < num_experts)
         each = tl.cdiv(count, ROWS)
-        ends = tl.cumsum(each, 0)
-        tl.store(starts + num_experts + e, ends - each, mask=e < num_experts)
-        tl.store(num_tiles, tl.max(ends, 0))
-        for i in range(tl.max(each, 0)):
-            entry = tiles + (ends - each + i) * TILE_FIELDS
-            first = start + i * ROWS
-            tl.store(entry, e, mask=i < each)
-            tl.store(entry + 1, first, mask=i < each)
-            tl.store(entry + 2, tl.minimum(first + ROWS, start + count), mask=i < each)
-            tl.store(entry + 3, ends - each, mask=i < each)
-            tl.store(entry + 4, each, mask=i < each)
+        place = (tl.cumsum(each, 0) - each) * PITCH
+        tl.store(starts + num_experts + e, place, mask=e < num_experts)
+        if tall_tiles is None:
+            _list_tiles(tiles, num_tiles, e, start, count, place, each > 0, ROWS, PITCH)
+        else:
+            low = each <= TALL_TILES
+            _list_tiles(tiles, num_tiles, e, start, count, place, low, ROWS, PITCH)
+            _list_tiles(
+                tall_tiles, num_tall, e, start, count, place, each > TALL_TILES, TALL_ROWS,
+                TALL_ROWS,
+            )  # fmt: skip
         if ONE:
             tl.debug_barrier()
             _place(
@@ -119,15 +143,16 @@ class Tiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Routing(Tiles):
-    """As above. scale_rows None: scales are there already."""
+    """As above. scale_rows None: scales are there already. tall None: there are none."""
 
     destinations: torch.Tensor
     scale_rows: torch.Tensor | None = None
+    tall: Tiles | None = None
 
 
 def scale_pitch(rows: int) -> int:
     """Rows of scales from one tile to the next, whatever a scale takes."""
-    return max(rows, 16)
+    return max(rows, LEAST_PITCH.value)
 
 
 def most_tiles(slots: int, num_experts: int, rows: int) -> int:
@@ -140,45 +165,56 @@ def programs(slots: int) -> int:
     return triton.cdiv(slots, SLOTS)
 
 
+def _empty_tiles(most: int, device: torch.device) -> Tiles:
+    kind: dict[str, Any] = {"dtype": torch.int32, "device": device}
+    tiles = torch.empty(most, TILE_FIELDS.value, **kind)
+    return Tiles(tiles=tiles, num_tiles=torch.empty(1, **kind))
+
+
 def empty_routing(topk_ids: torch.Tensor, num_experts: int, rows: int) -> Routing:
     slots, device = topk_ids.numel(), topk_ids.device
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(*shape, dtype=torch.int32, device=device)
-
-    tiles = empty(most_tiles(slots, num_experts, rows), TILE_FIELDS.value)
+    tiles = _empty_tiles(most_tiles(slots, num_experts, rows), device)
+    order = torch.empty(slots, dtype=torch.int32, device=device)
+    destinations = torch.empty(topk_ids.shape, dtype=torch.int32, device=device)
     return Routing(
-        tiles=tiles, num_tiles=empty(1), order=empty(slots), destinations=empty(*topk_ids.shape)
+        tiles=tiles.tiles, num_tiles=tiles.num_tiles, order=order, destinations=destinations
     )
 
 
 def launch(
     topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int, rows: int,
-    counts: torch.Tensor,
+    counts: torch.Tensor, tall: bool = False,
 ) -> Routing:  # fmt: skip
-    """Tiles of `rows` rows; destinations [M, topk].
+    """Tiles of `rows` rows, for tall ones 16 at least; destinations [M, topk].
 
     counts [E + 1] int32 zeros, the last of which is `done`.
     """
     slots, device = topk_ids.numel(), topk_ids.device
     routing = empty_routing(topk_ids, num_experts, rows)
-    starts = torch.empty(2 * num_experts, dtype=torch.int32, device=device)  # rows, then tiles
+    starts = torch.empty(2 * num_experts, dtype=torch.int32, device=device)  # rows, then scales'
     scale_rows = torch.empty_like(routing.destinations)
+    high = None
+    if tall:
+        assert rows == scale_pitch(rows), "scales of tall tiles are not in one piece"
+        most = most_tiles(slots, min(num_experts, slots // (TALL_TILES * rows + 1)), PREFILL_ROWS)
+        high = replace(_empty_tiles(most, device), order=routing.order)
     sizes = {"ROWS": rows, "PITCH": scale_pitch(rows), "SLOTS": SLOTS, "num_warps": 8}
     grid, num_global = (programs(slots),), 0 if expert_map is None else len(expert_map)
     dependent = dependent_launch(device)
     _count_kernel[grid](
         topk_ids, expert_map, counts, counts[num_experts:], starts, routing.destinations,
-        routing.order, scale_rows, routing.tiles, routing.num_tiles, slots, num_experts,
-        num_global,
-        EXPERTS=triton.next_power_of_2(num_experts), ONE=grid[0] == 1, **sizes, **dependent,
+        routing.order, scale_rows, routing.tiles, routing.num_tiles,
+        None if high is None else high.tiles, None if high is None else high.num_tiles,
+        slots, num_experts, num_global,
+        EXPERTS=triton.next_power_of_2(num_experts), ONE=grid[0] == 1, TALL_TILES=TALL_TILES,
+        TALL_ROWS=PREFILL_ROWS, **sizes, **dependent,
     )  # fmt: skip
     if grid[0] > 1:
         _place_kernel[grid](
             topk_ids, expert_map, starts, routing.destinations, routing.order, scale_rows,
             slots, num_experts, num_global, **sizes, **dependent,
         )  # fmt: skip
-    return replace(routing, scale_rows=scale_rows)
+    return replace(routing, scale_rows=scale_rows, tall=high)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -207,18 +243,17 @@ def _tiles_kernel(
         tl.store(entry + 2, tl.minimum(row + ROWS, expert * T + count), mask=used)
         tl.store(entry + 3, first, mask=used)
         tl.store(entry + 4, number, mask=used)
+        tl.store(entry + 5, (first + i) * PITCH, mask=used)
 
 
 def batched_tiles(counts: torch.Tensor, T: int, rows: int) -> tuple[Tiles, torch.Tensor]:
     """Of expert e the rows e * T to e * T + counts[e]: (tiles, scale_rows [E, T])."""
     E, device = len(counts), counts.device
-    kind = {"dtype": torch.int32, "device": device}
-    scale_rows = torch.empty(E, T, **kind)
-    tiles = torch.empty(E * triton.cdiv(T, rows), TILE_FIELDS.value, **kind)
-    num_tiles = torch.empty(1, **kind)
+    scale_rows = torch.empty(E, T, dtype=torch.int32, device=device)
+    tiles = _empty_tiles(E * triton.cdiv(T, rows), device)
     _tiles_kernel[(E,)](
-        counts, scale_rows, tiles, num_tiles, E, T,
+        counts, scale_rows, tiles.tiles, tiles.num_tiles, E, T,
         ROWS=rows, PITCH=scale_pitch(rows), EXPERTS=triton.next_power_of_2(E), BLOCK=256,
         num_warps=4, **dependent_launch(device),
     )  # fmt: skip
-    return Tiles(tiles=tiles, num_tiles=num_tiles), scale_rows
+    return tiles, scale_rows

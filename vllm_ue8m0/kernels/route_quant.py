@@ -66,6 +66,7 @@ def _route_quant_kernel(
         tl.store(entry + 2, tl.minimum(row + ROWS, start + count), mask=first)
         tl.store(entry + 3, tile - rank // ROWS, mask=first)
         tl.store(entry + 4, tl.cdiv(count, ROWS), mask=first)
+        tl.store(entry + 5, scale_row, mask=first)
         tl.store(num_tiles, tl.sum(begins.to(tl.int32), 0))
 
     ue8m0: tl.constexpr = s.dtype.element_ty == tl.uint8

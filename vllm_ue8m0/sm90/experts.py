@@ -90,15 +90,16 @@ def experts(
 
     a, a_s = _empty_quantized(slots, H, scale_rows, ue8m0, device)
     source = unit_stride(source)
-    if slots <= route_quant.MOST_SLOTS:
+    if slots <= route_quant.MOST_SLOTS and not config.tall:
         routing = route_quant.launch(source, a, a_s, ids, expert_map, E, config.rows, SF_FLOOR)
     else:
-        routing = route.launch(ids, expert_map, E, config.rows, counters(w2, E + 1))
+        routing = route.launch(ids, expert_map, E, config.rows, counters(w2, E + 1), config.tall)
         act_quant.launch(
             source[None], a, a_s[None], BLOCK, SF_FLOOR, True,
             act_quant_config(M, ceil_div(H, BLOCK), True),
             destinations=routing.destinations, scale_rows=routing.scale_rows,
         )  # fmt: skip
+    tall: route.Tiles | None = routing
     if gated is not None and down is not None:
         few: dict[str, Any] = quantization | {
             "routing": routing, "ids": None, "expert_map": None, "combined": None,
@@ -106,8 +107,9 @@ def experts(
         }  # fmt: skip
         expert_decode.launch(a, a_s, *first, slot_weights=None, config=gated, **few)
         expert_decode.launch(*second, slot_weights=weights, config=down, **few)
-    else:
-        many: dict[str, Any] = quantization | {"routing": routing, "programs": sms}
+        tall = routing.tall
+    if tall is not None:
+        many: dict[str, Any] = quantization | {"routing": tall, "programs": sms}
         one, other = counters(w2, 64)[:1], counters(w13, 64)[:1]
         expert_prefill.launch(a, a_s, *first, slot_weights=None, counter=one, **many)
         expert_prefill.launch(*second, slot_weights=weights, counter=other, **many)
@@ -183,7 +185,7 @@ def experts_plan(
         config, slots = experts_config(M, topk, *sizes, batch_invariant(), sms), M * topk
         if config.one_token:
             return config
-        if slots <= route_quant.MOST_SLOTS:
+        if slots <= route_quant.MOST_SLOTS and not config.tall:
             return config, route_quant.compared_slots(slots)
         one = route.programs(slots) == 1
         return config, one, act_quant_config(M, ceil_div(H, BLOCK), True)
