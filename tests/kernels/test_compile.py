@@ -271,7 +271,7 @@ def compile_routing(build) -> None:
     sizes = {**tile, "SLOTS": route.SLOTS}
     for one in (True, False):
         constants = {**sizes, "EXPERTS": experts, "ONE": one}
-        constants |= {"TALL_TILES": 2, "TALL_ROWS": 128}
+        constants["TALL_ROWS"] = 128
         name = "route count and place" if one else "route count"
         build(name, route._count_kernel, pointers, constants, num_warps=8)
     build("route place", route._place_kernel, pointers, sizes, num_warps=8)

@@ -12,7 +12,7 @@ def check(topk_ids, num_experts, rows, expert_map=None):
     from vllm_ue8m0.kernels.config import act_quant_config
 
     counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_ids.device)
-    for tall in (True, False) if rows >= 16 else (False,):
+    for tall in (0, 1, 2) if rows >= 16 else (0,):
         routing = route.launch(topk_ids, expert_map, num_experts, rows, counts, tall)
         assert not counts.any()
         slot, scale_rows = check_routing(routing, topk_ids, num_experts, rows, expert_map, tall)
@@ -54,9 +54,9 @@ def check_quantized(quantize, topk_ids, num_experts, rows, expert_map):
         assert same_bits(s[places.to(device)], scales[token])
 
 
-def check_routing(routing, topk_ids, num_experts, rows, expert_map, tall=False):
+def check_routing(routing, topk_ids, num_experts, rows, expert_map, tall=0):
     """Gives the slots in their order, and their rows of scales."""
-    from vllm_ue8m0.kernels.expert_config import PREFILL_ROWS, TALL_TILES
+    from vllm_ue8m0.kernels.expert_config import PREFILL_ROWS
 
     destinations, order = routing.destinations, routing.order
     experts = topk_ids.reshape(-1).long().cpu()
@@ -77,7 +77,7 @@ def check_routing(routing, topk_ids, num_experts, rows, expert_map, tall=False):
         number = -(-count // rows)
         for i in range(count):
             scale_rows.append(place + i // rows * pitch + i % rows)
-        many = tall and number > TALL_TILES
+        many = 0 < tall < number
         listed, step = (high, PREFILL_ROWS) if many else (low, rows)
         first, each = len(listed), -(-count // step)
         for i in range(each):

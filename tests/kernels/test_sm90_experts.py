@@ -129,6 +129,24 @@ def test_routing_edges(sm90, monkeypatch, M):
             assert same_bits(run(sm90.experts, x, w, route), expected)
 
 
+@pytest.mark.parametrize("M", [24, 60, 150])
+def test_popular_experts_have_tall_tiles(sm90, monkeypatch, M):
+    """Beside others with a tile or two, and many without any row."""
+    from vllm_ue8m0.kernels.expert_config import experts_config
+
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    E, topk, H, I = 64, 4, 1024, 256  # noqa: E741
+    config = experts_config(M, topk, E, E, H, I, 1, True, 132)
+    assert 0 < config.tall * config.rows < M
+    w, x = weights(E, H, I), torch.randn(M, H, device="cuda", dtype=BF16)
+    scale, ids = routing(M, topk, E)
+    ids[:, 0] = 3
+    ids[:, 1] = torch.where(torch.rand(M, device="cuda") < 0.7, 60, 5)
+    expected = step_by_step(sm90, x, w, (scale, ids))
+    for _ in range(2):
+        assert same_bits(run(sm90.experts, x, w, (scale, ids)), expected)
+
+
 @pytest.mark.parametrize("M", [33, 150, 400])
 def test_a_row_does_not_depend_on_the_batch(sm90, monkeypatch, M):
     """Also where other rows are NaN, and in every regime when batch-invariant."""

@@ -14,40 +14,44 @@ from .hopper_config import HALF_SHARED_BYTES, SHARED_BYTES
 # 2026-11-23, 256 experts of 2048, 512, 768 and 1,024 tokens: in tiles of 32 3,950 us, -, 4,534; of
 # 64 4,114, 4,186 and 4,249; by expert_prefill 4,003, 4,058 and 4,113.
 TOKENS = ((9, 16), (22, 32))
-LEAST_ROWS = 8  # where no expert can have tall tiles
+LEAST_ROWS = 8
 PREFILL_ROWS = 128
-# Most tiles of an expert that expert_decode multiplies: they read its weights from L2, whose own
-# bandwidth is that of less than two memories'. An expert with more of them has tall tiles.
-TALL_TILES = 2
+# Most expected rows of an expert where a second tile of it is rare. Two tiles read its weights from
+# L2, whose own bandwidth is less than twice the memory's.
+FEW_ROWS = 2
 MOST_TOPK = 16  # of one token without sorting
 MAX_STAGES = 4
 LONG_WAVES = 3
-SM_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of an SM, and what each program takes beside its own
-FUSED_BYTES = 142 * 1024  # leaves two programs of the other product two stages each
 
 
 @dataclass(frozen=True)
 class Product:
-    """expert_decode: rows of w a tile, ring stages, parts of K, programs (a multiple of those)."""
+    """expert_decode: rows of w a tile, ring stages, parts of K, programs (a multiple of those).
+
+    warps: that multiply, four for each 64 or 128 rows of w. registers: of a thread at the launch.
+    """
 
     block_n: int
     stages: int
     splits: int
     programs: int
+    warps: int
+    registers: int
 
 
 @dataclass(frozen=True)
 class ExpertsConfig:
     """rows: of a tile. gated, down: of expert_decode; None: expert_prefill.
 
-    one_token: every slot of the only token is a tile. tall: experts with many rows have tall tiles.
+    one_token: every slot of the only token is a tile. tall: most tiles of an expert without tall
+    ones, 0: there are none.
     """
 
     rows: int
     gated: Product | None = None
     down: Product | None = None
     one_token: bool = False
-    tall: bool = False
+    tall: int = 0
 
 
 def part_blocks(NK: int, step: int, splits: int) -> int:
@@ -81,13 +85,14 @@ def experts_config(
     if not fitting:
         return ExpertsConfig(PREFILL_ROWS)
     one_token = M == 1 and topk <= MOST_TOPK
-    rows = LEAST_ROWS if M <= TALL_TILES * LEAST_ROWS else fitting[0]
+    rows = LEAST_ROWS if M <= LEAST_ROWS else fitting[0]
     divided = one_token and not invariant
-    active = min(E, M * topk * E / num_global)
+    active = E * (1 - (1 - topk / num_global) ** M)  # of uniform routing
     splits = gated_splits(active, H, inner, sms) if divided else 1
     waves = active * ceil_div(inner, 128) / sms
     config = _few_rows(rows, H, inner, scale_bytes, splits, one_token, waves, sms)
-    return replace(config, tall=TALL_TILES * rows < M)
+    tiles = 1 if expected <= FEW_ROWS else 2
+    return replace(config, tall=tiles if tiles * rows < M else 0)
 
 
 def batched_config(T: int, H: int, inner: int, scale_bytes: int, sms: int) -> ExpertsConfig:
@@ -102,31 +107,32 @@ def _few_rows(
 ) -> ExpertsConfig:  # fmt: skip
     """waves: units of the gated product for an SM, as far as known."""
 
-    def deepest(product: Product, budgets: tuple[int, ...], gated: bool) -> Product:
-        """Two stages at least, in the first budget that has room for them."""
+    def deepest(product: Product, gated: bool) -> Product:
+        """As many stages as half an SM has room for, two at least."""
         NK = ceil_div(H if gated else inner, 128)
-        for budget in budgets:
-            for stages in range(MAX_STAGES, 1, -1):
-                choice = replace(product, stages=stages)
-                if shared_bytes(choice, rows, NK, gated, one_token, scale_bytes) <= budget:
-                    return choice
-        raise AssertionError(f"{product} of {rows} rows fits no SM")
+        for stages in range(MAX_STAGES, 1, -1):
+            product = replace(product, stages=stages)
+            used = shared_bytes(product, rows, NK, gated, one_token, scale_bytes)
+            if used <= HALF_SHARED_BYTES:
+                break
+        assert used <= SHARED_BYTES, f"{product} of {rows} rows fits no SM"
+        return product
 
-    gated = Product(128, 1, splits, sms // splits * splits)
-    # The other product's programs start beside this one's, and its weights are on their way.
-    gated = deepest(gated, (HALF_SHARED_BYTES, FUSED_BYTES, SHARED_BYTES), True)
+    registers = 128 if rows < 64 else 168
+    gated = deepest(Product(128, 1, splits, sms // splits * splits, 8, registers), True)
     # Where the stream is long, fewer stages. H100, 2026-11-23, with three and with two: 256 experts
     # of 2048, 32 tokens 2,436 and 2,402 us, 128 tokens 3,763 and 3,706; of 256, 128 tokens (4
     # waves) 516 and 510, 16 tokens (2 waves) 209 and 212.
     if waves >= LONG_WAVES:
         gated = replace(gated, stages=2)
-    used = shared_bytes(gated, rows, ceil_div(H, 128), True, one_token, scale_bytes)
-    # Eight warps of an SM multiply. H100, 2026-11-23, 256 experts of 2048, 1 and 128 tokens:
-    # 130 and 3,779 us; one program of 64 columns an SM, which is four warps: 139 and 3,880.
-    each = 2 if rows <= 16 else 1
-    beside = (SM_BYTES - used - (1 + each) * RESERVED_BYTES) // each
-    down = Product(128 // each, 1, 1, each * sms)
-    down = deepest(down, (min(beside, HALF_SHARED_BYTES), SHARED_BYTES // each), False)
+    # Eight warps of an SM multiply, in two programs, whose waiting differs. H100, 2026-11-23, 256
+    # experts of 2048, 512 tokens: 3,974 us, in one program 4,001; of 256: 579 and 621. Of 64
+    # columns each while units are few: 256 experts of 256, 16, 32, 64 and 128 tokens: 209, 331,
+    # 452 and 516 us, of 128 columns 211, 340, 448 and 504. 64 rows have registers for one. Two,
+    # three or four stages are the same within 1 %.
+    wide = rows > 16 or waves >= LONG_WAVES
+    each = 2 if rows <= 32 else 1
+    down = deepest(Product(128 if wide else 64, 1, 1, each * sms, 8 // each, registers), False)
     return ExpertsConfig(rows, gated, down, one_token)
 
 

@@ -106,10 +106,7 @@ def _multiply(
     BLOCK_N: gl.constexpr = w_smem.shape[1]
     FUSED: gl.constexpr = GATED and TOPK > 0
     STEP: gl.constexpr = 1 if GATED else 2
-    SHARES: gl.constexpr = WARPS // (BLOCK_N // 16)
-    mma: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [BLOCK_N // 16, SHARES], [16, TOKENS // SHARES, 32]
-    )
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TOKENS, 32])
     along: gl.constexpr = gl.SliceLayout(0, mma)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ws_each = reinterpret(ws_smem, gl.float32, [4 * BLOCKS, 1], line)
@@ -273,7 +270,7 @@ def launch(
     E, N, K = w.shape
     NK, gated = ceil_div(K, 128), out_s is not None
     block_n, splits = config.block_n, config.splits
-    warps, fused = block_n // 16, gated and ids is not None
+    warps, fused = config.warps, gated and ids is not None
     blocks = part_blocks(NK, 1 if gated else 2, splits)
     tiles = num_tiles = order = partial = None
     if routing is not None:
@@ -293,5 +290,5 @@ def launch(
         TOKENS=rows, STAGES=config.stages, SPLITS=splits, BLOCKS=blocks, GATED=gated, TOPK=topk,
         UE8M0=ue8m0, FLOOR=floor, DTYPE=getattr(gl, str(dtype).removeprefix("torch.")),
         WARPS=warps, num_warps=warps, launch_pdl=True, **FMA,
-        maxnreg=128 if warps == 4 or rows < 64 else 168,
+        maxnreg=config.registers,
     )  # fmt: skip

@@ -10,7 +10,7 @@ tiles [T, 6] int32           expert, first row, end of the tile's rows; first of
                              and their number; first row of scales; past the last tile undefined
 num_tiles [1] int32          tiles that are used: T is a bound, so the host needs no counts
 tall                         tiles PREFILL_ROWS high of the experts that would have more than
-                             TALL_TILES (expert_config.py), which then have none of the others
+                             `most` of the others, which then have none of those
 
 Scales have rows of their own because the copy engine takes parts of their columns, and those may
 begin at multiples of 16 bytes only: elsewhere it is an illegal instruction.
@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from .config import dependent_launch
-from .expert_config import PREFILL_ROWS, TALL_TILES
+from .expert_config import PREFILL_ROWS
 from .tile import wait_for_inputs
 
 SLOTS = 1024  # a program's
@@ -76,12 +76,12 @@ def _list_tiles(
         tl.store(entry + 5, place + i * PITCH, mask=i < each)
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["slots", "most"])
 def _count_kernel(
     topk_ids, expert_map, counts, done, starts, destinations, order, scale_rows, tiles, num_tiles,
-    tall_tiles, num_tall, slots, num_experts, num_global,
+    tall_tiles, num_tall, most, slots, num_experts, num_global,
     ROWS: tl.constexpr, PITCH: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
-    ONE: tl.constexpr, TALL_TILES: tl.constexpr, TALL_ROWS: tl.constexpr, PDL: tl.constexpr,
+    ONE: tl.constexpr, TALL_ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Ranks of the slots among their expert's -> destinations; the last program to end: tiles."""
     wait_for_inputs(PDL)
@@ -103,12 +103,11 @@ def _count_kernel(
         if tall_tiles is None:
             _list_tiles(tiles, num_tiles, e, start, count, place, each > 0, ROWS, PITCH)
         else:
-            low = each <= TALL_TILES
+            low = each <= most
             _list_tiles(tiles, num_tiles, e, start, count, place, low, ROWS, PITCH)
             _list_tiles(
-                tall_tiles, num_tall, e, start, count, place, each > TALL_TILES, TALL_ROWS,
-                TALL_ROWS,
-            )  # fmt: skip
+                tall_tiles, num_tall, e, start, count, place, each > most, TALL_ROWS, TALL_ROWS
+            )
         if ONE:
             tl.debug_barrier()
             _place(
@@ -183,9 +182,9 @@ def empty_routing(topk_ids: torch.Tensor, num_experts: int, rows: int) -> Routin
 
 def launch(
     topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int, rows: int,
-    counts: torch.Tensor, tall: bool = False,
+    counts: torch.Tensor, most: int = 0,
 ) -> Routing:  # fmt: skip
-    """Tiles of `rows` rows, for tall ones 16 at least; destinations [M, topk].
+    """Tiles of `rows` rows; destinations [M, topk]. most: see tall, 16 rows at least; 0: without.
 
     counts [E + 1] int32 zeros, the last of which is `done`.
     """
@@ -194,10 +193,10 @@ def launch(
     starts = torch.empty(2 * num_experts, dtype=torch.int32, device=device)  # rows, then scales'
     scale_rows = torch.empty_like(routing.destinations)
     high = None
-    if tall:
+    if most:
         assert rows == scale_pitch(rows), "scales of tall tiles are not in one piece"
-        most = most_tiles(slots, min(num_experts, slots // (TALL_TILES * rows + 1)), PREFILL_ROWS)
-        high = replace(_empty_tiles(most, device), order=routing.order)
+        bound = most_tiles(slots, min(num_experts, slots // (most * rows + 1)), PREFILL_ROWS)
+        high = replace(_empty_tiles(bound, device), order=routing.order)
     sizes = {"ROWS": rows, "PITCH": scale_pitch(rows), "SLOTS": SLOTS, "num_warps": 8}
     grid, num_global = (programs(slots),), 0 if expert_map is None else len(expert_map)
     dependent = dependent_launch(device)
@@ -205,9 +204,9 @@ def launch(
         topk_ids, expert_map, counts, counts[num_experts:], starts, routing.destinations,
         routing.order, scale_rows, routing.tiles, routing.num_tiles,
         None if high is None else high.tiles, None if high is None else high.num_tiles,
-        slots, num_experts, num_global,
-        EXPERTS=triton.next_power_of_2(num_experts), ONE=grid[0] == 1, TALL_TILES=TALL_TILES,
-        TALL_ROWS=PREFILL_ROWS, **sizes, **dependent,
+        most, slots, num_experts, num_global,
+        EXPERTS=triton.next_power_of_2(num_experts), ONE=grid[0] == 1, TALL_ROWS=PREFILL_ROWS,
+        **sizes, **dependent,
     )  # fmt: skip
     if grid[0] > 1:
         _place_kernel[grid](

@@ -14,7 +14,7 @@ from .route import TILE_FIELDS, Routing, empty_routing, scale_pitch, slot_expert
 from .tile import wait_for_inputs
 from .ue8m0 import quantize, to_float
 
-MOST_SLOTS, CHUNK = 256, 64  # 64 comparisons a thread at a time
+MOST_SLOTS, CHUNK = 128, 64  # 64 comparisons a thread at a time
 GROUP, GROUPS, WARPS = 128, 4, 8
 
 
