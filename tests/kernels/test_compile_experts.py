@@ -3,6 +3,8 @@
 from offline_compiler import Launches, empty, number, report
 from recorded_compilation import check
 
+from vllm_ue8m0.layouts import ceil_div
+
 SHARED_BYTES = 227 * 1024  # of a program; an SM has 1024 more for each
 # Tokens, experts held and in all, intermediate size; scales, factors, whether K is one part.
 LAYERS = (
@@ -51,17 +53,29 @@ def test_programs_of_few_rows_fit_an_sm():
     """Each product's own: two of the second product share an SM."""
     from vllm_ue8m0.kernels import expert_config as rules
 
-    for M, E, num_global, inner, scale, _, _ in LAYERS:
-        scale_bytes = 1 if scale == "u8" else 4
-        config = rules.experts_config(M, TOPK, E, num_global, H, inner, scale_bytes, False, SMS)
+    for layer in (*LAYERS, *BATCHED):
+        config, inner, scale_bytes = config_of(layer), layer[3], 1 if layer[4] == "u8" else 4
         for product, K in ((config.gated, H), (config.down, inner)):
             if product is None:
                 continue
-            gated, each = product is config.gated, -(-product.programs // SMS)
-            used = rules.shared_bytes(product, config.rows, K // 128, gated, M == 1, scale_bytes)
+            gated, each = product is config.gated, ceil_div(product.programs, SMS)
+            used = rules.shared_bytes(
+                product, config.rows, K // 128, gated, config.one_token, scale_bytes
+            )
             threads = 32 * (product.warps + 4)  # four warps are the least that copy
-            assert each * (used + 1024) <= SHARED_BYTES + 1024, (M, E, inner)
-            assert each * threads * product.registers <= 1 << 16, (M, E, inner)
+            assert each * (used + 1024) <= SHARED_BYTES + 1024, layer
+            assert each * threads * rules.registers(config.rows) <= 1 << 16, layer
+
+
+def config_of(layer):
+    """Of LAYERS or BATCHED."""
+    from vllm_ue8m0.kernels import expert_config as rules
+
+    M, E, num_global, inner, scale, _, invariant = layer
+    scale_bytes = 1 if scale == "u8" else 4
+    if invariant is None:
+        return rules.batched_config(M, H, inner, scale_bytes, SMS)
+    return rules.experts_config(M, TOPK, E, num_global, H, inner, scale_bytes, invariant, SMS)
 
 
 def compile_layers() -> None:
@@ -75,11 +89,10 @@ def compile_layers() -> None:
     prefill = expert_prefill._expert_prefill_kernel = Launches(
         expert_prefill._expert_prefill_kernel
     )
-    for M, E, num_global, inner, scale, factors, invariant in (*LAYERS, *BATCHED):
+    for layer in (*LAYERS, *BATCHED):
+        M, E, num_global, inner, scale, factors, invariant = layer
         slots, scale_bytes, batched = M * TOPK, 1 if scale == "u8" else 4, invariant is None
-        config = rules.experts_config(M, TOPK, E, num_global, H, inner, scale_bytes, invariant, SMS)
-        if batched:
-            config = rules.batched_config(M, H, inner, scale_bytes, SMS)
+        config = config_of(layer)
         one = M == 1
         routing = Tiles(
             tiles=empty(slots, TILE_FIELDS, dtype="i32"),

@@ -28,7 +28,7 @@ LONG_WAVES = 3
 class Product:
     """expert_decode: rows of w a tile, ring stages, parts of K, programs (a multiple of those).
 
-    warps: that multiply, four for each 64 or 128 rows of w. registers: of a thread at the launch.
+    warps: that multiply, four for each 64 or 128 rows of w.
     """
 
     block_n: int
@@ -36,7 +36,6 @@ class Product:
     splits: int
     programs: int
     warps: int
-    registers: int
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,11 @@ def shared_bytes(
     return product.stages * stage + token + 16 * blocks + product.block_n * rows * 4 + 256
 
 
+def registers(rows: int) -> int:
+    """Of a thread of expert_decode at the launch."""
+    return 128 if rows < 64 else 168
+
+
 def prefill_bytes(stages: int, scale_bytes: int, gated: bool) -> int:
     """Shared memory of expert_prefill: ring, a layout's change of 64 x 128 16-bit results, up."""
     return stages * 128 * (3 * 128 + scale_bytes) + (2 if gated else 1) * 64 * 128 * 2 + 256
@@ -87,7 +91,7 @@ def experts_config(
     one_token = M == 1 and topk <= MOST_TOPK
     rows = LEAST_ROWS if M <= LEAST_ROWS else fitting[0]
     divided = one_token and not invariant
-    active = E * (1 - (1 - topk / num_global) ** M)  # of uniform routing
+    active = E * (1 - (1 - min(1.0, topk / num_global)) ** M)  # of uniform routing
     splits = gated_splits(active, H, inner, sms) if divided else 1
     waves = active * ceil_div(inner, 128) / sms
     config = _few_rows(rows, H, inner, scale_bytes, splits, one_token, waves, sms)
@@ -118,8 +122,7 @@ def _few_rows(
         assert used <= SHARED_BYTES, f"{product} of {rows} rows fits no SM"
         return product
 
-    registers = 128 if rows < 64 else 168
-    gated = deepest(Product(128, 1, splits, sms // splits * splits, 8, registers), True)
+    gated = deepest(Product(128, 1, splits, sms // splits * splits, 8), True)
     # Where the stream is long, fewer stages. H100, 2026-11-23, with three and with two: 256 experts
     # of 2048, 32 tokens 2,436 and 2,402 us, 128 tokens 3,763 and 3,706; of 256, 128 tokens (4
     # waves) 516 and 510, 16 tokens (2 waves) 209 and 212.
@@ -132,7 +135,7 @@ def _few_rows(
     # three or four stages are the same within 1 %.
     wide = rows > 16 or waves >= LONG_WAVES
     each = 2 if rows <= 32 else 1
-    down = deepest(Product(128 if wide else 64, 1, 1, each * sms, 8 // each, registers), False)
+    down = deepest(Product(128 if wide else 64, 1, 1, each * sms, 8 // each), False)
     return ExpertsConfig(rows, gated, down, one_token)
 
 

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..layouts import ceil_div
 from .config import FMA
-from .expert_config import Product, part_blocks
+from .expert_config import Product, part_blocks, registers
 from .expert_load import copy_weights, part, quantize_token, unit_tile, weight_scales
 from .expert_store import store_columns, store_gated, sum_slots
 from .hopper import (
@@ -290,5 +290,5 @@ def launch(
         TOKENS=rows, STAGES=config.stages, SPLITS=splits, BLOCKS=blocks, GATED=gated, TOPK=topk,
         UE8M0=ue8m0, FLOOR=floor, DTYPE=getattr(gl, str(dtype).removeprefix("torch.")),
         WARPS=warps, num_warps=warps, launch_pdl=True, **FMA,
-        maxnreg=config.registers,
+        maxnreg=registers(rows),
     )  # fmt: skip
