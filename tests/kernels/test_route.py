@@ -105,6 +105,13 @@ def test_slots_are_sorted(device, M, topk, E, rows, dtype):
     check(ids, E, rows)
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_as_many_tall_tiles_as_can_be(device, most):
+    """Every expert has one row too many for other tiles."""
+    E, rows = 6, 16
+    check(torch.arange(E, device=device).repeat_interleave(most * rows + 1)[:, None], E, rows)
+
+
 def test_nothing_and_one_expert(device):
     nothing = torch.full((50, 3), -1, dtype=torch.int32, device=device)
     for rows in (8, 16):
