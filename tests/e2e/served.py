@@ -97,9 +97,12 @@ class Served:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def next(self, _=None) -> list:
-        """[V] log-probabilities after each prompt, asked alone; may come from the prefix cache."""
+        """([V] log-probabilities after it, tokens from the prefix cache) of each prompt, alone.
+
+        vLLM 0.26's counter of such tokens loses those that a step without output reports.
+        """
         outputs = [self.ask([prompt], max_tokens=1, logprobs=-1)[0] for prompt in self.prompts]
-        return [in_order(output.outputs[0].logprobs[0]) for output in outputs]
+        return [(in_order(one.outputs[0].logprobs[0]), one.num_cached_tokens) for one in outputs]
 
     def scores(self, together: bool) -> list:
         """(log-probabilities of a prompt's tokens, of four more after it) for each."""
