@@ -47,7 +47,8 @@ def started(monkeypatch):
                 raise BenchError("the server ended with status 1; see above")
             yield {
                 "gpu": GPU, "ttft_us": 20 * time_us, "tpot_us": time_us, "ttft_p99_us": 1e4,
-                "tpot_p99_us": 2e4, "requests_per_s": rate / 2,
+                "tpot_p99_us": 2e4, "first_ttft_us": 30 * time_us, "first_tpot_us": 2 * time_us,
+                "requests_per_s": rate / 2,
             }  # fmt: skip
 
     served.clear()
@@ -97,7 +98,9 @@ def test_everything(started, tmp_path, capsys):
     assert ours["max_model_len"] >= sum(tokens)
     ttft, tpot = measured[-2:]
     assert ttft.ours_us == 2000 and tpot.ours_us == 100
-    assert tpot.context_us == {"ours, 99 %": 2e4, "vllm_fp8, 99 %": 2e4}
+    assert tpot.context_us == {
+        "ours, 99 %": 2e4, "vllm_fp8, 99 %": 2e4, "ours, at first": 200, "vllm_fp8, at first": 300
+    }  # fmt: skip
     assert {**step.variant, "rate": "32/s", "input": 1024, "output": 128} == {
         **tpot.variant, "batch": 1
     }  # fmt: skip

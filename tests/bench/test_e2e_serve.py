@@ -26,10 +26,12 @@ say(args, os.environ.get("VLLM_SERVER_DEV_MODE"))
 value = lambda name: args[args.index(name) + 1]
 if args[0] == "bench":
     prompts = int(value("--num-prompts"))
+    again = os.path.exists({file!r} + value("--request-rate"))
+    open({file!r} + value("--request-rate"), "w").close()
     result = {{
         "completed": prompts, "total_input_tokens": 20 * prompts,
         "total_output_tokens": 5 * prompts,
-        "median_ttft_ms": 3.5, "median_tpot_ms": float(value("--request-rate")),
+        "median_ttft_ms": 3.5 if again else 70, "median_tpot_ms": float(value("--request-rate")),
         "p99_ttft_ms": 9, "p99_tpot_ms": 8, "request_throughput": 1.5,
     }}
     if {fault!r} != "no result":
@@ -82,9 +84,13 @@ def alive(pid):
 def test_measure(monkeypatch, tmp_path):
     results, calls = measured(monkeypatch, tmp_path)
     times = {"ttft_us": 3500.0, "ttft_p99_us": 9000.0, "tpot_p99_us": 8000.0}
-    common = {"gpu": "Test GPU", "requests_per_s": 1.5, **times}
-    assert results == [{**common, "tpot_us": 2000.0}, {**common, "tpot_us": 500.0}]
-    (serve, dev_mode), (_, child), fill, describe, (first, client_mode), (second, _) = calls
+    common = {"gpu": "Test GPU", "requests_per_s": 1.5, **times, "first_ttft_us": 70000.0}
+    assert results == [
+        {**common, "tpot_us": tpot, "first_tpot_us": tpot} for tpot in (2000.0, 500.0)
+    ]
+    (serve, dev_mode), (_, child), fill, describe, *clients = calls
+    (first, client_mode), again, (second, _), last = clients
+    assert again == [first, client_mode] and last == [second, client_mode]
     assert dev_mode == "1" and client_mode is None
     assert [fill, describe] == [["rpc", "ue8m0_fill"], ["rpc", "ue8m0_describe"]]
     assert serve[:2] == ["serve", str(tmp_path / "model")]

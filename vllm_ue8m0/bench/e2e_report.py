@@ -55,8 +55,12 @@ def records(setup: Setup, results: Results) -> Iterator[Record]:
             tokens_in, tokens_out = setup.serve
             load: Variant = {"rate": f"{batch}/s", "input": tokens_in, "output": tokens_out}
             for kind in ("ttft", "tpot"):
-                times, p99 = ([r.get(f"{kind}{of}_us") for r in both] for of in ("", "_p99"))
-                context = {"ours, 99 %": p99[0], f"{PEER}, 99 %": p99[1]}
+                times = [r.get(f"{kind}_us") for r in both]
+                context = {
+                    f"{name}, {when}": r.get(key)
+                    for when, key in (("99 %", f"{kind}_p99_us"), ("at first", f"first_{kind}_us"))
+                    for name, r in zip(("ours", PEER), both, strict=True)
+                }
                 yield record(f"serve_{kind}", None, {**load, **shared}, times, context, one["gpu"])
         else:
             variant: Variant = {"batch": int(batch), **shared}

@@ -26,6 +26,7 @@ _VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 _EXTENSION = f"{__package__}.e2e_worker.Extension"
 START_SECONDS, STOP_SECONDS = 3600, 60
 WARM_UPS, LEAST_PROMPTS = 8, 8
+FIRST = ("ttft_us", "tpot_us")  # that are kept of a load's first time
 STDERR = 2  # the file descriptor; sys.stderr may be something else
 
 
@@ -33,7 +34,10 @@ def measure(
     engine: Mapping[str, Any], vocabulary: int, env: Mapping[str, str], tokens: tuple[int, int],
     loads: Sequence[tuple[float, float]],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """What clients see of a server with vLLM's arguments `engine`, for each load.
+    """What clients see of a server with vLLM's arguments `engine`, for each load, sent twice.
+
+    Counted is the second time, because a server may compile during the first; what clients saw
+    then is kept too, as `first_...`.
 
     tokens: of a prompt and of its answer. loads: requests a second, and for how many seconds.
     BenchError if the server does not start, or does not answer everything.
@@ -44,15 +48,22 @@ def measure(
         _rpc(url, "ue8m0_fill")
         (worker, *_) = _rpc(url, "ue8m0_describe")
         for rate, seconds in loads:
-            prompts = max(LEAST_PROMPTS, round(rate * seconds))
-            file = folder / "result.json"
-            file.unlink(missing_ok=True)
+            prompts, file = max(LEAST_PROMPTS, round(rate * seconds)), folder / "result.json"
             command = [*_VLLM, *client_options(url, str(folder), tokens, prompts, rate, file)]
-            status = subprocess.run(command, env=dict(env), stdout=STDERR, check=False).returncode
-            if not file.exists():
-                raise BenchError(f"`vllm bench serve` ended with status {status}; see above")
-            result = json.loads(file.read_text(encoding="utf-8"))
-            yield {**worker, **read(result, prompts, tokens)}
+            first, again = (_client(command, env, file, prompts, tokens) for _ in range(2))
+            yield {**worker, **again, **{f"first_{name}": first[name] for name in FIRST}}
+
+
+def _client(
+    command: Sequence[str], env: Mapping[str, str], file: Path, prompts: int,
+    tokens: tuple[int, int],
+) -> dict[str, float]:  # fmt: skip
+    """One load, sent by `vllm bench serve`, which writes into `file`."""
+    file.unlink(missing_ok=True)
+    status = subprocess.run(command, env=dict(env), stdout=STDERR, check=False).returncode
+    if not file.exists():
+        raise BenchError(f"`vllm bench serve` ended with status {status}; see above")
+    return read(json.loads(file.read_text(encoding="utf-8")), prompts, tokens)
 
 
 def write_tokenizer(folder: Path, vocabulary: int) -> None:
