@@ -59,7 +59,7 @@ def records(setup: Setup, results: Results) -> Iterator[Record]:
                 context = {
                     f"{name}, {when}": r.get(key)
                     for when, key in (("99 %", f"{kind}_p99_us"), ("at first", f"first_{kind}_us"))
-                    for name, r in zip(("ours", PEER), both, strict=True)
+                    for name, r in zip(QUANTIZATION, both, strict=True)
                 }
                 yield record(f"serve_{kind}", None, {**load, **shared}, times, context, one["gpu"])
         else:

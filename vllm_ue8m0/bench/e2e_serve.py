@@ -26,7 +26,6 @@ _VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 _EXTENSION = f"{__package__}.e2e_worker.Extension"
 START_SECONDS, STOP_SECONDS = 3600, 60
 WARM_UPS, LEAST_PROMPTS = 8, 8
-FIRST = ("ttft_us", "tpot_us")  # that are kept of a load's first time
 STDERR = 2  # the file descriptor; sys.stderr may be something else
 
 
@@ -51,7 +50,8 @@ def measure(
             prompts, file = max(LEAST_PROMPTS, round(rate * seconds)), folder / "result.json"
             command = [*_VLLM, *client_options(url, str(folder), tokens, prompts, rate, file)]
             first, again = (_client(command, env, file, prompts, tokens) for _ in range(2))
-            yield {**worker, **again, **{f"first_{name}": first[name] for name in FIRST}}
+            seen = {f"first_{name}": first[name] for name in ("ttft_us", "tpot_us")}
+            yield {**worker, **again, **seen}
 
 
 def _client(
