@@ -162,6 +162,22 @@ def test_refusals():
     assert "scales of w" in refused(a, w, gran, torch.zeros(2, 2, dtype=torch.uint8).t())
 
 
+def test_tall_tiles_take_the_place_of_more_than_a_wave():
+    from vllm_ue8m0.kernels.expert_config import experts_config
+
+    def tall(M, inner, E=256):
+        config = experts_config(M, 8, E, 256, 7168, inner, 1, False, 132)
+        return config.tall, config.least_tall
+
+    assert tall(16, 2048) == (0, 0)  # no expert has more rows than a tile
+    assert tall(17, 2048) == (1, 9)
+    assert tall(128, 2048, 32) == (2, 9)
+    # 15 experts at most of two tiles, two units each.
+    assert tall(32, 256) == (0, 0)
+    assert tall(512, 256) == (2, 67)
+    assert tall(2048, 2048) == (0, 0)  # every tile is tall
+
+
 def test_experts_of_float32_activations_are_portable():
     """Launched and warmed up: both ask the same."""
     w13, w2 = (codes(256, 128).view(1, *shape) for shape in ((256, 128), (256, 128)))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_clock import DEVICE, MACHINE, FakeClock
 
-from vllm_ue8m0 import portable, reference
+from vllm_ue8m0 import agreement, portable, reference
 from vllm_ue8m0.bench import MOE_LAYERS, BenchError, gate, moe, routing
 from vllm_ue8m0.bench.case import tensor_bytes
 from vllm_ue8m0.bench.roof import Roof
@@ -54,8 +54,8 @@ def test_every_layer_is_measured_at_every_size():
         sizes = few if name.startswith("tp1") else sorted([*few, 16])
         assert [case.M for case in of(name)] == sizes
         assert moe.cases(reference, [name])[0].variant == of(name)[0].variant
-    assert len(ALL) == 3 * 7 + 2 * 8 == len({str(case) for case in ALL})
-    assert [case.M for case in moe.cases(reference, quick=True)] == [1, 2048] * 5
+    assert len(ALL) == 3 * 7 + 5 * 8 == len({str(case) for case in ALL})
+    assert [case.M for case in moe.cases(reference, quick=True)] == [1, 2048] * 8
     assert {(case.N, case.K, case.single) for case in ALL} == {(None, 7168, False)}
     assert [*ALL[0].peers] == ["vllm_triton", "deepgemm", "vllm_triton_fp32"]
 
@@ -65,9 +65,8 @@ def test_layers_of_deepseek():
         name: [of(name)[0].variant[key] for key in ("experts", "intermediate", "topk")]
         for name in MOE_LAYERS
     }
-    assert sizes["tp1_uniform"] == sizes["tp1_skewed"] == sizes["tp1_single"] == [256, 2048, 8]
-    assert sizes["tp8_uniform"] == [256, 256, 8]
-    assert sizes["ep8_uniform"] == [32, 2048, 8]
+    expected = {"tp1": [256, 2048, 8], "tp8": [256, 256, 8], "ep8": [32, 2048, 8]}
+    assert sizes == {name: expected[name[:3]] for name in MOE_LAYERS}
 
 
 def test_weights_are_drawn_once_for_a_layer():
@@ -165,6 +164,22 @@ def test_a_rank_always_has_something_to_do():
     generator = torch.Generator().manual_seed(0)
     drawn = [case.work(case.inputs(generator)).flops for _ in range(100)]
     assert set(drawn) == {RANK.flops(1), RANK.flops(2)}
+
+
+def test_a_row_that_is_the_sum_of_fewer_codes_may_differ_by_more():
+    ids = torch.tensor([[1, 0, 5, 2], [-1, 3, -1, -1], [-1, -1, -1, -1]])
+    allowed = agreement.experts_diff(ids, 2048).tolist()
+    assert allowed[0] == pytest.approx(allowed[1] / 4) and allowed[1] == allowed[2]
+    assert agreement.experts_diff(ids, 1 << 20).tolist() == [agreement.EXPERTS_DIFF] * 3
+    # What one code is at most, as computed there, for 8 experts of 256 and of 2048.
+    ids = torch.zeros(1, 8)
+    for intermediate, largest in ((256, 2.1e-3), (2048, 4.2e-4)):
+        assert largest < float(agreement.experts_diff(ids, intermediate)) < 2 * largest
+    want = torch.randn(2, 512)
+    got = want * torch.tensor([[1.05], [1.01]])
+    assert agreement.rows_differ(want, got, torch.tensor([2e-3, 1e-4])) is None
+    found = agreement.rows_differ(want, got, torch.tensor([2e-3, 1e-5]))
+    assert "1 of 2 rows" in found and "(allowed: 1e-05)" in found
 
 
 def wrong_row(out, arguments):

@@ -12,10 +12,10 @@ def check(topk_ids, num_experts, rows, expert_map=None):
     from vllm_ue8m0.kernels.config import act_quant_config
 
     counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_ids.device)
-    for tall in (0, 1, 2) if rows >= 16 else (0,):
-        routing = route.launch(topk_ids, expert_map, num_experts, rows, counts, tall)
+    for tall in ((0, 0), (1, 0), (2, 0), (1, 6), (1, 20)) if rows >= 16 else ((0, 0),):
+        routing = route.launch(topk_ids, expert_map, num_experts, rows, counts, *tall)
         assert not counts.any()
-        slot, scale_rows = check_routing(routing, topk_ids, num_experts, rows, expert_map, tall)
+        slot, scale_rows = check_routing(routing, topk_ids, num_experts, rows, expert_map, *tall)
         assert torch.equal(routing.scale_rows.reshape(-1).cpu()[slot].long(), scale_rows)
 
     def quantize(x, q, s):
@@ -38,12 +38,13 @@ def check_quantized(quantize, topk_ids, num_experts, rows, expert_map):
     """quantize(x, q, s) gives a routing; codes and scales are act_quant's, at the slots' rows."""
     from vllm_ue8m0 import portable
     from vllm_ue8m0.kernels import route
+    from vllm_ue8m0.kernels.expert_config import most_tiles
     from vllm_ue8m0.layouts import empty_scale
 
     M, slots, K, device = len(topk_ids), topk_ids.numel(), 656, topk_ids.device
     x = torch.randn(M, K, dtype=torch.bfloat16, device=device)
     for ue8m0 in (True, False):
-        places = route.most_tiles(slots, num_experts, rows) * route.scale_pitch(rows)
+        places = most_tiles(slots, num_experts, rows) * route.scale_pitch(rows)
         q = torch.empty(slots, K, dtype=torch.float8_e4m3fn, device=device)
         s = empty_scale((), places, 6, ue8m0, "mn_major", device)
         routing = quantize(x, q, s)
@@ -54,7 +55,7 @@ def check_quantized(quantize, topk_ids, num_experts, rows, expert_map):
         assert same_bits(s[places.to(device)], scales[token])
 
 
-def check_routing(routing, topk_ids, num_experts, rows, expert_map, tall=0):
+def check_routing(routing, topk_ids, num_experts, rows, expert_map, tall=0, least=0):
     """Gives the slots in their order, and their rows of scales."""
     from vllm_ue8m0.kernels.expert_config import PREFILL_ROWS
 
@@ -72,12 +73,15 @@ def check_routing(routing, topk_ids, num_experts, rows, expert_map, tall=0):
     assert torch.equal(place[slot], torch.arange(len(slot)))
     assert torch.equal(experts[slot], experts[slot].sort().values)
     low, high, scale_rows, start, place = [], [], [], 0, 0
-    for expert in range(num_experts):
-        count, pitch = int((experts == expert).sum()), max(rows, 16)
+    counts = [int((experts == expert).sum()) for expert in range(num_experts)]
+    replaced = sum(-(-count // rows) for count in counts if count > tall * rows)
+    most = tall if replaced >= least else 0
+    for expert, count in enumerate(counts):
+        pitch = max(rows, 16)
         number = -(-count // rows)
         for i in range(count):
             scale_rows.append(place + i // rows * pitch + i % rows)
-        many = 0 < tall < number
+        many = 0 < most < number
         listed, step = (high, PREFILL_ROWS) if many else (low, rows)
         first, each = len(listed), -(-count // step)
         for i in range(each):

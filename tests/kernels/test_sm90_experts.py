@@ -1,5 +1,8 @@
 """Routed experts on sm_90: the same bits as their steps one by one, in every kernel."""
 
+import importlib
+from dataclasses import replace
+
 import pytest
 import torch
 from checks import random_codes, random_scale, same_bits
@@ -129,15 +132,21 @@ def test_routing_edges(sm90, monkeypatch, M):
             assert same_bits(run(sm90.experts, x, w, route), expected)
 
 
-@pytest.mark.parametrize("M", [24, 60, 150])
-def test_popular_experts_have_tall_tiles(sm90, monkeypatch, M):
-    """Beside others with a tile or two, and many without any row."""
-    from vllm_ue8m0.kernels.expert_config import experts_config
+@pytest.mark.parametrize("least", [1, 8])
+@pytest.mark.parametrize(("M", "most"), [(24, 1), (60, 1), (60, 2), (150, 2)])
+def test_popular_experts_have_tall_tiles(sm90, monkeypatch, M, most, least):
+    """Beside others with a tile or two, and many without any row; not if there are too few."""
+    module = importlib.import_module("vllm_ue8m0.sm90.experts")
+    rule, rows = module.experts_config, []
 
+    def config(*sizes):
+        found = replace(rule(*sizes), tall=most, least_tall=least)
+        rows.append(found.rows)
+        return found
+
+    monkeypatch.setattr(module, "experts_config", config)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     E, topk, H, I = 64, 4, 1024, 256  # noqa: E741
-    config = experts_config(M, topk, E, E, H, I, 1, True, 132)
-    assert 0 < config.tall * config.rows < M
     w, x = weights(E, H, I), torch.randn(M, H, device="cuda", dtype=BF16)
     scale, ids = routing(M, topk, E)
     ids[:, 0] = 3
@@ -145,6 +154,7 @@ def test_popular_experts_have_tall_tiles(sm90, monkeypatch, M):
     expected = step_by_step(sm90, x, w, (scale, ids))
     for _ in range(2):
         assert same_bits(run(sm90.experts, x, w, (scale, ids)), expected)
+    assert {most * used < M for used in rows} == {True}
 
 
 @pytest.mark.parametrize("M", [33, 150, 400])

@@ -24,7 +24,10 @@ QUANT_OPS = ("act_quant", "silu_mul_quant", "rms_norm_quant", "weight_quant", "w
 
 GEMM_BENCHES = ("prefill_gemm", "middle_gemm", "decode_gemm", "decode_linear")
 
-MOE_LAYERS = ("tp1_uniform", "tp1_skewed", "tp1_single", "tp8_uniform", "ep8_uniform")
+MOE_LAYERS = (
+    "tp1_uniform", "tp1_skewed", "tp1_single", "tp8_uniform", "tp8_skewed", "tp8_single",
+    "ep8_uniform", "ep8_skewed",
+)  # fmt: skip
 
 
 E2E_BENCHES = ("start_cold", "start_warm", "prefill", "decode_step", "serve")

@@ -65,7 +65,7 @@ def check_product(
     sample: Sample,
     inputs: Inputs,
     outputs: Outputs,
-    tolerance: float = PRODUCT_DIFF,
+    tolerance: float | torch.Tensor = PRODUCT_DIFF,
 ) -> str | None:
     """What is wrong with our product [M, N] bf16, or None; a dense reference's is not rounded."""
     return _differs(reference(sample.inputs(inputs))[0], outputs, sample, tolerance)
@@ -76,7 +76,9 @@ def agree_product(sample: Sample, tolerance: float, ours: Outputs, theirs: Outpu
     return _differs(sample.outputs(ours)[0], theirs, sample, tolerance)
 
 
-def _differs(want: torch.Tensor, outputs: Outputs, sample: Sample, tolerance: float) -> str | None:
+def _differs(
+    want: torch.Tensor, outputs: Outputs, sample: Sample, tolerance: float | torch.Tensor
+) -> str | None:
     got = sample.outputs(outputs)[0]
     if got.shape != want.shape or got.dtype != torch.bfloat16:
         return f"the product is {form(got)} instead of torch.bfloat16 {tuple(want.shape)}"

@@ -43,7 +43,7 @@ class ExpertsConfig:
     """rows: of a tile. gated, down: of expert_decode; None: expert_prefill.
 
     one_token: every slot of the only token is a tile. tall: most tiles of an expert without tall
-    ones, 0: there are none.
+    ones, 0: there are none. least_tall: least tiles that tall ones take the place of.
     """
 
     rows: int
@@ -51,6 +51,12 @@ class ExpertsConfig:
     down: Product | None = None
     one_token: bool = False
     tall: int = 0
+    least_tall: int = 0
+
+
+def most_tiles(slots: int, num_experts: int, rows: int) -> int:
+    """Every expert with rows has at most one tile that is not full."""
+    return min(slots, (slots + num_experts * (rows - 1)) // rows)
 
 
 def part_blocks(NK: int, step: int, splits: int) -> int:
@@ -95,8 +101,11 @@ def experts_config(
     splits = gated_splits(active, H, inner, sms) if divided else 1
     waves = active * ceil_div(inner, 128) / sms
     config = _few_rows(rows, H, inner, scale_bytes, splits, one_token, waves, sms)
-    tiles = 1 if expected <= FEW_ROWS else 2
-    return replace(config, tall=tiles if tiles * rows < M else 0)
+    tall, least = (1 if expected <= FEW_ROWS else 2), sms // ceil_div(inner, 128) + 1
+    popular = min(E, M * topk // (tall * rows + 1))  # at most
+    if tall * rows >= M or most_tiles(M * topk, popular, rows) < least:
+        return config
+    return replace(config, tall=tall, least_tall=least)
 
 
 def batched_config(T: int, H: int, inner: int, scale_bytes: int, sms: int) -> ExpertsConfig:

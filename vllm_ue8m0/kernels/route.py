@@ -10,7 +10,8 @@ tiles [T, 6] int32           expert, first row, end of the tile's rows; first of
                              and their number; first row of scales; past the last tile undefined
 num_tiles [1] int32          tiles that are used: T is a bound, so the host needs no counts
 tall                         tiles PREFILL_ROWS high of the experts that would have more than
-                             `most` of the others, which then have none of those
+                             `most` of the others, which then have none of those; no tall
+                             ones if they would take the place of fewer than `least`
 
 Scales have rows of their own because the copy engine takes parts of their columns, and those may
 begin at multiples of 16 bytes only: elsewhere it is an illegal instruction.
@@ -27,7 +28,7 @@ import triton
 import triton.language as tl
 
 from .config import dependent_launch
-from .expert_config import PREFILL_ROWS
+from .expert_config import PREFILL_ROWS, most_tiles
 from .tile import wait_for_inputs
 
 SLOTS = 1024  # a program's
@@ -76,10 +77,10 @@ def _list_tiles(
         tl.store(entry + 5, place + i * PITCH, mask=i < each)
 
 
-@triton.jit(do_not_specialize=["slots", "most"])
+@triton.jit(do_not_specialize=["slots", "most", "least"])
 def _count_kernel(
     topk_ids, expert_map, counts, done, starts, destinations, order, scale_rows, tiles, num_tiles,
-    tall_tiles, num_tall, most, slots, num_experts, num_global,
+    tall_tiles, num_tall, most, least, slots, num_experts, num_global,
     ROWS: tl.constexpr, PITCH: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
     ONE: tl.constexpr, TALL_ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -103,11 +104,10 @@ def _count_kernel(
         if tall_tiles is None:
             _list_tiles(tiles, num_tiles, e, start, count, place, each > 0, ROWS, PITCH)
         else:
-            low = each <= most
-            _list_tiles(tiles, num_tiles, e, start, count, place, low, ROWS, PITCH)
-            _list_tiles(
-                tall_tiles, num_tall, e, start, count, place, each > most, TALL_ROWS, TALL_ROWS
-            )
+            high = each > most
+            high &= tl.sum(tl.where(high, each, 0), 0) >= least
+            _list_tiles(tiles, num_tiles, e, start, count, place, ~high, ROWS, PITCH)
+            _list_tiles(tall_tiles, num_tall, e, start, count, place, high, TALL_ROWS, TALL_ROWS)
         if ONE:
             tl.debug_barrier()
             _place(
@@ -154,11 +154,6 @@ def scale_pitch(rows: int) -> int:
     return max(rows, LEAST_PITCH.value)
 
 
-def most_tiles(slots: int, num_experts: int, rows: int) -> int:
-    """Every expert with rows has at most one tile that is not full."""
-    return min(slots, (slots + num_experts * (rows - 1)) // rows)
-
-
 def programs(slots: int) -> int:
     """Those of a launch; a single one needs no second launch."""
     return triton.cdiv(slots, SLOTS)
@@ -182,7 +177,7 @@ def empty_routing(topk_ids: torch.Tensor, num_experts: int, rows: int) -> Routin
 
 def launch(
     topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int, rows: int,
-    counts: torch.Tensor, most: int = 0,
+    counts: torch.Tensor, most: int = 0, least: int = 0,
 ) -> Routing:  # fmt: skip
     """Tiles of `rows` rows; destinations [M, topk]. most: see tall, 16 rows at least; 0: without.
 
@@ -204,7 +199,7 @@ def launch(
         topk_ids, expert_map, counts, counts[num_experts:], starts, routing.destinations,
         routing.order, scale_rows, routing.tiles, routing.num_tiles,
         None if high is None else high.tiles, None if high is None else high.num_tiles,
-        most, slots, num_experts, num_global,
+        most, least, slots, num_experts, num_global,
         EXPERTS=triton.next_power_of_2(num_experts), ONE=grid[0] == 1, TALL_ROWS=PREFILL_ROWS,
         **sizes, **dependent,
     )  # fmt: skip

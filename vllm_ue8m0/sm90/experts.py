@@ -19,7 +19,7 @@ from .. import portable
 from ..formats import BLOCK, SF_FLOOR
 from ..kernels import act_quant, expert_decode, expert_prefill, grouped_gemm, route, route_quant
 from ..kernels.config import MASKED_TILE, act_quant_config, batch_invariant
-from ..kernels.expert_config import batched_config, experts_config
+from ..kernels.expert_config import batched_config, experts_config, most_tiles
 from ..kernels.hopper_config import device_of
 from ..layouts import ceil_div, empty_scale
 from ..portable.quant import kernel_scale, unit_stride
@@ -65,7 +65,7 @@ def experts(
     weights = None if weight_on_input else topk_weights.reshape(-1)
     ids = topk_ids.contiguous()
     gated, down = config.gated, config.down
-    tiles = slots if config.one_token else route.most_tiles(slots, E, config.rows)
+    tiles = slots if config.one_token else most_tiles(slots, E, config.rows)
     scale_rows = tiles * route.scale_pitch(config.rows)
     hidden, hidden_s = _empty_quantized(slots, I, scale_rows, ue8m0, device)
     products = torch.empty(slots, H, dtype=x.dtype, device=device)
@@ -93,7 +93,9 @@ def experts(
     if slots <= route_quant.MOST_SLOTS and not config.tall:
         routing = route_quant.launch(source, a, a_s, ids, expert_map, E, config.rows, SF_FLOOR)
     else:
-        routing = route.launch(ids, expert_map, E, config.rows, counters(w2, E + 1), config.tall)
+        routing = route.launch(
+            ids, expert_map, E, config.rows, counters(w2, E + 1), config.tall, config.least_tall
+        )
         act_quant.launch(
             source[None], a, a_s[None], BLOCK, SF_FLOOR, True,
             act_quant_config(M, ceil_div(H, BLOCK), True),
