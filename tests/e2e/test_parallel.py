@@ -49,11 +49,14 @@ def test_pipeline_parallel(single, served):
 
 @pytest.mark.skipif(not GPU, reason="two ranks: test_deepseek.py, which has the CPU's bound")
 @pytest.mark.parametrize("layout", [
-    pytest.param({"tensor_parallel_size": 4}, marks=ranks(4)),
-    pytest.param({"tensor_parallel_size": 4, **EP}, marks=ranks(4)),
-    pytest.param({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, marks=ranks(4)),
-], ids=["tp4", "ep4", "tp2-pp2"])  # fmt: skip
-def test_four_ranks(single, served, layout):
+    pytest.param({"tensor_parallel_size": 2}, id="tp2", marks=ranks(2)),
+    pytest.param({"tensor_parallel_size": 2, **EP}, id="ep2", marks=ranks(2)),
+    pytest.param({"tensor_parallel_size": 4}, id="tp4", marks=ranks(4)),
+    pytest.param({"tensor_parallel_size": 4, **EP}, id="ep4", marks=ranks(4)),
+    pytest.param({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, id="tp2-pp2",
+                 marks=ranks(4)),
+])  # fmt: skip
+def test_ranks_agree(single, served, layout):
     found = kl(single["logits"], served(MODEL, PROMPTS, **layout, **PLAIN)["logits"])
     print(layout, found)
     assert found < SAME
@@ -67,10 +70,12 @@ def data_parallel(folder, prompts, **options):
     if not GPU:
         options["worker_extension_cls"] = "cpu_collectives.Installed"
 
+    common = options.pop("env", {})
+
     def rank(i):
         env = {"VLLM_DP_RANK": i, "VLLM_DP_RANK_LOCAL": i, "VLLM_DP_SIZE": len(prompts),
                "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": port}  # fmt: skip
-        env = {name: str(value) for name, value in env.items()}
+        env = common | {name: str(value) for name, value in env.items()}
         tokens, out = folder / f"tokens{i}.pt", folder / f"out{i}.pt"
         torch.save(prompts[i], tokens)
         log = run_vllm(HERE / "served.py", MODEL, tokens, out, json.dumps({**options, "env": env}))
@@ -91,6 +96,38 @@ def test_data_parallel_with_expert_parallel(single, tmp_path):
         if not GPU:
             assert single["greedy"][::order] == run["greedy"]
         assert "all2all manager" in run["log"]  # tokens travel between the ranks
+
+
+INVARIANT = {"steps": [("scores", False), ("scores", True)]}
+needs_invariance = pytest.mark.skipif(not GPU, reason="VLLM_BATCH_INVARIANT=1 is Triton's kernels")
+
+
+def same_alone_and_together(run):
+    for one, many in zip(*run["steps"], strict=True):
+        assert all(map(torch.equal, one, many))
+
+
+@needs_invariance
+@pytest.mark.parametrize("layout", [
+    pytest.param({"tensor_parallel_size": 2}, id="tp2", marks=ranks(2)),
+    pytest.param({"tensor_parallel_size": 2, **EP}, id="ep2", marks=ranks(2)),
+    pytest.param({"tensor_parallel_size": 4}, id="tp4", marks=ranks(4)),
+    pytest.param({"tensor_parallel_size": 4, **EP}, id="ep4", marks=ranks(4)),
+])  # fmt: skip
+def test_batch_invariant(served, layout):
+    """With rounded activations, alone and in a batch: bit for bit the same."""
+    env = {"VLLM_BATCH_INVARIANT": "1"}
+    same_alone_and_together(served(MODEL, PROMPTS, env=env, **INVARIANT, **layout))
+
+
+@needs_invariance
+@ranks(2)
+def test_batch_invariant_data_parallel(tmp_path):
+    """The experts of a step have the rows of both ranks, whose prompts differ."""
+    lists = [PROMPTS, [PROMPTS[1][:60], PROMPTS[0][:100]]]
+    env = {"VLLM_BATCH_INVARIANT": "1"}
+    for run in data_parallel(tmp_path, lists, env=env, **INVARIANT, **EP):
+        same_alone_and_together(run)
 
 
 @pytest.mark.skipif(not GPU, reason="vLLM: load balancing is only supported on GPUs")
