@@ -15,7 +15,7 @@ pytestmark = pytest.mark.vllm
 # order of sums differs. In bfloat16 a unit flips a route now and then.
 PLAIN = {"additional_config": {"ue8m0": {"activation_scale": "none"}}}
 PLAIN |= {} if GPU else {"dtype": "float32"}
-SAME = 1e-2 if GPU else 1e-6  # nats a token
+SAME = 1e-3 if GPU else 1e-6  # nats a token; 1.2e-4 with two ranks (H200, 2026-11-29)
 RANKS = torch.cuda.device_count() if GPU else 2
 EP = {"enable_expert_parallel": True}
 
@@ -95,7 +95,7 @@ def test_data_parallel_with_expert_parallel(single, tmp_path):
         assert found < SAME
         if not GPU:
             assert single["greedy"][::order] == run["greedy"]
-        assert "all2all manager" in run["log"]  # tokens travel between the ranks
+    assert "all2all manager" in both[0]["log"]  # tokens travel between the ranks
 
 
 INVARIANT = {"steps": [("scores", False), ("scores", True)]}
