@@ -138,7 +138,7 @@ def test_cases_reach_the_kernels_of_sm_90():
         assert sm90.experts_refusal(x, w13, sf13, w2, sf2, gran13, gran2, kind) is None, case.text
         (M, topk), (E, N, H) = ids.shape, w13.shape
         config = experts_config(M, topk, E, E, H, N // 2, 1, False, 132)
-        regimes.add("one token" if config.one_token else "few" if config.gated else "many")
+        regimes.add("one token" if config.one_token else "few" if config.chain else "many")
     assert regimes == {"one token", "few", "many"}
 
 

@@ -265,7 +265,7 @@ def compile_routing(build) -> None:
 
     rows, experts, topk = 64, 256, 8
     tensors = ("expert_map", "counts", "done", "starts", "destinations", "order", "scale_rows")
-    tensors += ("tiles", "num_tiles", "tall_tiles", "num_tall")
+    tensors += ("tiles", "num_tiles", "tall_tiles", "num_tall", "progress")
     pointers = dict.fromkeys(tensors, I32) | {"topk_ids": I64}
     tile = {"ROWS": rows, "PITCH": route.scale_pitch(rows), "PDL": True}
     sizes = {**tile, "SLOTS": route.SLOTS}

@@ -31,7 +31,8 @@ def test_as_recorded():
 
 def test_experts_compile():
     lines = report(__file__)
-    assert len(lines) == 2 * (len(LAYERS) + len(BATCHED))
+    chains = sum(config_of(layer).chain is not None for layer in LAYERS)
+    assert chains and len(lines) == 2 * (len(LAYERS) + len(BATCHED)) - chains
     for name, line in lines.items():
         assert number(line, "bytes spilled") == 0, f"{name}: {line}"
         assert number(line, "shared") <= SHARED_BYTES, f"{name}: {line}"
@@ -40,7 +41,8 @@ def test_experts_compile():
         assert "cp.async.bulk.tensor" in line, name
         assert "griddepcontrol.wait" in line, name
         assert "griddepcontrol.launch_dependents" in line, name
-        assert ("cvt.rn.satfinite.e4m3x2.f32" in line) == ("gated" in name), name
+        quantizes = "gated" in name or "chain" in name
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in line) == quantizes, name
 
 
 def test_estimates_of_shared_memory_hold():
@@ -50,11 +52,15 @@ def test_estimates_of_shared_memory_hold():
 
 
 def test_programs_of_few_rows_fit_an_sm():
-    """Each product's own: two of the second product share an SM."""
+    """Each product's own, or those of both: where there are two for an SM, they share it."""
     from vllm_ue8m0.kernels import expert_config as rules
 
     for layer in (*LAYERS, *BATCHED):
         config, inner, scale_bytes = config_of(layer), layer[3], 1 if layer[4] == "u8" else 4
+        if config.chain is not None:
+            stages, programs, warps = vars(config.chain).values()
+            used = rules.chain_bytes(stages, config.rows, max(H, inner) // 128, scale_bytes)
+            fits(programs // SMS, used, warps, rules.chain_registers(warps))
         for product, K in ((config.gated, H), (config.down, inner)):
             if product is None:
                 continue
@@ -62,9 +68,13 @@ def test_programs_of_few_rows_fit_an_sm():
             used = rules.shared_bytes(
                 product, config.rows, K // 128, gated, config.one_token, scale_bytes
             )
-            threads = 32 * (product.warps + 4)  # four warps are the least that copy
-            assert each * (used + 1024) <= SHARED_BYTES + 1024, layer
-            assert each * threads * rules.registers(config.rows) <= 1 << 16, layer
+            fits(each, used, product.warps, rules.registers(config.rows))
+
+
+def fits(each, used, warps, registers):
+    """So many programs an SM; four warps are the least that copy."""
+    assert each * (used + 1024) <= SHARED_BYTES + 1024
+    assert each * 32 * (warps + 4) * registers <= 1 << 16
 
 
 def config_of(layer):
@@ -81,10 +91,11 @@ def config_of(layer):
 def compile_layers() -> None:
     import torch
 
+    from vllm_ue8m0.kernels import expert_chain, expert_decode, expert_prefill
     from vllm_ue8m0.kernels import expert_config as rules
-    from vllm_ue8m0.kernels import expert_decode, expert_prefill
-    from vllm_ue8m0.kernels.route import TILE_FIELDS, Tiles
+    from vllm_ue8m0.kernels.route import TILE_FIELDS, Routing, Tiles
 
+    chain = expert_chain._expert_chain_kernel = Launches(expert_chain._expert_chain_kernel)
     decode = expert_decode._expert_decode_kernel = Launches(expert_decode._expert_decode_kernel)
     prefill = expert_prefill._expert_prefill_kernel = Launches(
         expert_prefill._expert_prefill_kernel
@@ -101,6 +112,26 @@ def compile_layers() -> None:
         )
         ids, count = empty(TOPK, dtype="i32"), empty(1 << 16, dtype="i32")
         expert_map = empty(num_global, dtype="i32") if num_global > E else None
+        if config.chain is not None:
+            estimate = rules.chain_bytes(
+                config.chain.stages, config.rows, max(H, inner) // 128, scale_bytes
+            )
+            chain.name = f"chain {config.rows} both {M} {E} {inner} {scale} {factors} {estimate}"
+            expert_chain.launch(
+                empty(slots, H, dtype="e4m3"), scales(slots, H, scale),
+                empty(E, 2 * inner, H, dtype="e4m3"),
+                empty(E, 2 * inner // 128, H // 128, dtype=scale),
+                empty(E, 2 * inner // 128) if factors else None,
+                empty(slots, inner, dtype="e4m3"), scales(slots, inner, scale),
+                empty(E, H, inner, dtype="e4m3"), empty(E, H // 128, inner // 128, dtype=scale),
+                empty(E, H // 128) if factors else None, empty(slots, H, dtype="bf16"),
+                slot_weights=empty(slots), rows=config.rows, config=config.chain,
+                routing=Routing(
+                    **vars(routing), destinations=ids, progress=empty(slots + 1, dtype="i32")
+                ),
+                ue8m0=scale == "u8", floor=105, dtype=torch.bfloat16,
+            )  # fmt: skip
+            continue
         for gated, N, K in ((True, 2 * inner, H), (False, H, inner)):
             fused = gated and one
             a = empty(1, K, dtype="bf16") if fused else empty(slots, K, dtype="e4m3")

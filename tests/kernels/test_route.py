@@ -13,8 +13,9 @@ def check(topk_ids, num_experts, rows, expert_map=None):
 
     counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_ids.device)
     for tall in ((0, 0), (1, 0), (2, 0), (1, 6), (1, 20)) if rows >= 16 else ((0, 0),):
-        routing = route.launch(topk_ids, expert_map, num_experts, rows, counts, *tall)
+        routing = route.launch(topk_ids, expert_map, num_experts, rows, counts, *tall, chained=True)
         assert not counts.any()
+        assert len(routing.progress) == len(routing.tiles) + 1 and not routing.progress.any()
         slot, scale_rows = check_routing(routing, topk_ids, num_experts, rows, expert_map, *tall)
         assert torch.equal(routing.scale_rows.reshape(-1).cpu()[slot].long(), scale_rows)
 
@@ -27,6 +28,7 @@ def check(topk_ids, num_experts, rows, expert_map=None):
     def route_and_quantize(x, q, s):
         routing = route_quant.launch(x, q, s, topk_ids, expert_map, num_experts, rows, 105)
         assert routing.scale_rows is None
+        assert len(routing.progress) > len(routing.tiles) and not routing.progress.any()
         return routing
 
     if topk_ids.numel() <= route_quant.MOST_SLOTS:

@@ -72,6 +72,7 @@ def main() -> None:
     from vllm_ue8m0.kernels import (
         act_quant,
         decode_gemm,
+        expert_chain,
         expert_decode,
         expert_prefill,
         gemm,
@@ -102,8 +103,8 @@ def main() -> None:
             seen.add((self.name, str(specialization), str(sorted(options.items()))))
 
     modules = (
-        act_quant, decode_gemm, expert_decode, expert_prefill, gemm, grouped_gemm, prefill_gemm,
-        route, route_quant, silu_mul_quant,
+        act_quant, decode_gemm, expert_chain, expert_decode, expert_prefill, gemm, grouped_gemm,
+        prefill_gemm, route, route_quant, silu_mul_quant,
     )  # fmt: skip
     for module in modules:
         for name, value in vars(module).items():

@@ -152,7 +152,8 @@ TRITON = Library(
             for file, names in (
                 ("decode_gemm", "w_smem a_smem as_smem ws_smem ws_each ready"),
                 ("prefill_gemm", "w_smem a_smem as_smem out_smem ready empty"),
-                ("expert_load", "w_smem codes scales"),
+                ("expert_load", "w_smem a_smem as_smem next_smem codes scales ready empty"),
+                ("expert_chain", "w_smem a_smem as_smem ws_smem ws_each next_smem ready empty"),
                 ("expert_decode", "w_smem a_smem as_smem ws_smem ws_each scales ready empty"),
                 ("expert_prefill", "w_smem a_smem as_smem next_smem scales ready empty"),
             )

@@ -25,7 +25,7 @@ PARTS = (EXPERTS, LM_HEAD, ATTENTION, SAMPLING, BF16, REST)
 _NAMES = (
     (
         EXPERTS,
-        r"fused_moe|moe_align|moe_sum|count_and_sort_expert|_expert_(de|pre)|_route_quant|"
+        r"fused_moe|moe_align|moe_sum|count_and_sort_expert|^_expert_|_route_quant|"
         r"^_(count|place|tiles|combine)_kernel|_grouped_gemm|_batched_gemm|ep_(scatter|gather)",
     ),
     (

@@ -21,7 +21,7 @@ PREFILL_ROWS = 128
 FEW_ROWS = 2
 MOST_TOPK = 16  # of one token without sorting
 MAX_STAGES = 4
-LONG_WAVES = 3
+SHORT_K = 512  # of the second product, for expert_chain
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,17 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Chain:
+    """expert_chain: ring stages, programs, warps of each that multiply."""
+
+    stages: int
+    programs: int
+    warps: int
+
+
+@dataclass(frozen=True)
 class ExpertsConfig:
-    """rows: of a tile. gated, down: of expert_decode; None: expert_prefill.
+    """rows: of a tile. gated, down: of expert_decode; chain: of expert_chain; else expert_prefill.
 
     one_token: every slot of the only token is a tile. tall: most tiles of an expert without tall
     ones, 0: there are none. least_tall: least tiles that tall ones take the place of.
@@ -50,6 +59,7 @@ class ExpertsConfig:
     gated: Product | None = None
     down: Product | None = None
     one_token: bool = False
+    chain: Chain | None = None
     tall: int = 0
     least_tall: int = 0
 
@@ -80,6 +90,17 @@ def registers(rows: int) -> int:
     return 128 if rows < 64 else 168
 
 
+def chain_registers(warps: int) -> int:
+    """Of a thread of expert_chain at the launch."""
+    return 128 if warps == 4 else 168
+
+
+def chain_bytes(stages: int, rows: int, NK: int, scale_bytes: int) -> int:
+    """Shared memory of expert_chain: ring, scales of w, a layout's change. NK: the longer K's."""
+    stage = 2 * 128 * 128 + 128 * (rows + scale_bytes)
+    return stages * stage + 16 * (1 << (NK - 1).bit_length()) + 128 * rows * 4 + 256
+
+
 def prefill_bytes(stages: int, scale_bytes: int, gated: bool) -> int:
     """Shared memory of expert_prefill: ring, a layout's change of 64 x 128 16-bit results, up."""
     return stages * 128 * (3 * 128 + scale_bytes) + (2 if gated else 1) * 64 * 128 * 2 + 256
@@ -94,13 +115,12 @@ def experts_config(
     fitting = [tokens for most, tokens in TOKENS if expected <= most]
     if not fitting:
         return ExpertsConfig(PREFILL_ROWS)
-    one_token = M == 1 and topk <= MOST_TOPK
     rows = LEAST_ROWS if M <= LEAST_ROWS else fitting[0]
-    divided = one_token and not invariant
     active = E * (1 - (1 - min(1.0, topk / num_global)) ** M)  # of uniform routing
-    splits = gated_splits(active, H, inner, sms) if divided else 1
-    waves = active * ceil_div(inner, 128) / sms
-    config = _few_rows(rows, H, inner, scale_bytes, splits, one_token, waves, sms)
+    if M == 1 and topk <= MOST_TOPK:
+        splits = 1 if invariant else gated_splits(active, H, inner, sms)
+        return _two_launches(rows, H, inner, scale_bytes, splits, True, sms)
+    config = ExpertsConfig(rows, chain=_chain(rows, H, inner, scale_bytes, active, sms))
     tall, least = (1 if expected <= FEW_ROWS else 2), sms // ceil_div(inner, 128) + 1
     popular = min(E, M * topk // (tall * rows + 1))  # at most
     if tall * rows >= M or most_tiles(M * topk, popular, rows) < least:
@@ -111,14 +131,32 @@ def experts_config(
 def batched_config(T: int, H: int, inner: int, scale_bytes: int, sms: int) -> ExpertsConfig:
     """For experts with room for T rows each; how many they use is not known."""
     rows = 16 if T <= 16 else 32 if T <= 32 else 64
-    return _few_rows(rows, H, inner, scale_bytes, 1, False, 0, sms)
+    return _two_launches(rows, H, inner, scale_bytes, 1, False, sms)
 
 
-def _few_rows(
-    rows: int, H: int, inner: int, scale_bytes: int, splits: int, one_token: bool, waves: float,
-    sms: int,
-) -> ExpertsConfig:  # fmt: skip
-    """waves: units of the gated product for an SM, as far as known."""
+def _chain(rows: int, H: int, inner: int, scale_bytes: int, active: float, sms: int) -> Chain:
+    """active: experts that tokens are expected to go to.
+
+    One program of eight warps an SM; two of four, whose waiting differs, where units of the second
+    product are short and many. H200, 2026-11-29, us with one and with two: 256 experts of 256, 16,
+    32 and 128 tokens 151.7, 238.8, 383.9 and 153.3, 231.7, 361.5; of 2048, 32, 128 and 512 tokens
+    1,633, 2,555, 2,746 and -, 2,607, 2,777; 32 experts of 2048, 16 tokens 147 and 156. With rings
+    of four stages for six: 150.0 for 151.7; 256 of 1024, 64 tokens 1,149 for 1,151.
+    """
+    waves = active * ceil_div(inner, 128) / sms
+    two = inner <= SHORT_K and waves >= 2
+    NK = ceil_div(max(H, inner), 128)
+    room, stages = HALF_SHARED_BYTES if two else SHARED_BYTES, MAX_STAGES
+    while chain_bytes(stages, rows, NK, scale_bytes) > room:
+        stages -= 1
+    assert stages > 1, f"rings of {rows} rows and scales of {NK} blocks of K fit no SM"
+    return Chain(stages, 2 * sms, 4) if two else Chain(stages, sms, 8)
+
+
+def _two_launches(
+    rows: int, H: int, inner: int, scale_bytes: int, splits: int, one_token: bool, sms: int
+) -> ExpertsConfig:
+    """Of expert_decode."""
 
     def deepest(product: Product, gated: bool) -> Product:
         """As many stages as half an SM has room for, two at least."""
@@ -132,19 +170,11 @@ def _few_rows(
         return product
 
     gated = deepest(Product(128, 1, splits, sms // splits * splits, 8), True)
-    # Where the stream is long, fewer stages. H100, 2026-11-23, with three and with two: 256 experts
-    # of 2048, 32 tokens 2,436 and 2,402 us, 128 tokens 3,763 and 3,706; of 256, 128 tokens (4
-    # waves) 516 and 510, 16 tokens (2 waves) 209 and 212.
-    if waves >= LONG_WAVES:
-        gated = replace(gated, stages=2)
-    # Eight warps of an SM multiply, in two programs, whose waiting differs. H100, 2026-11-23, 256
-    # experts of 2048, 512 tokens: 3,974 us, in one program 4,001; of 256: 579 and 621. Of 64
-    # columns each while units are few: 256 experts of 256, 16, 32, 64 and 128 tokens: 209, 331,
-    # 452 and 516 us, of 128 columns 211, 340, 448 and 504. 64 rows have registers for one. Two,
-    # three or four stages are the same within 1 %.
-    wide = rows > 16 or waves >= LONG_WAVES
+    # Eight warps of an SM multiply, in two programs, whose waiting differs; 64 rows have registers
+    # for one. H100, 2026-11-23, 256 experts of 2048, 512 tokens: 3,974 us, in one program 4,001.
     each = 2 if rows <= 32 else 1
-    down = deepest(Product(128 if wide else 64, 1, 1, each * sms, 8 // each), False)
+    columns = 128 if rows > 16 else 64
+    down = deepest(Product(columns, 1, 1, each * sms, 8 // each), False)
     return ExpertsConfig(rows, gated, down, one_token)
 
 

@@ -49,6 +49,15 @@ def start_dependents(_semantic=None):
 
 
 @extern
+def fence_async_global(_semantic=None):
+    """Order ordinary accesses of global memory and the copy engine's, of this thread."""
+    inline_asm_elementwise(
+        "fence.proxy.async.global; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1,
+        _semantic=_semantic,
+    )  # fmt: skip
+
+
+@extern
 def take_turn(warpgroup, _semantic=None):
     """Wait until the other of two warpgroups, 0 and 1, has passed the turn.
 

@@ -9,6 +9,7 @@ scale_rows [slots] int32     a slot's row of scales, where tile t starts at row 
 tiles [T, 6] int32           expert, first row, end of the tile's rows; first of the expert's tiles,
                              and their number; first row of scales; past the last tile undefined
 num_tiles [1] int32          tiles that are used: T is a bound, so the host needs no counts
+progress [T + 1] int32       zeros, for expert_chain: units that were taken; what is done of a tile
 tall                         tiles PREFILL_ROWS high of the experts that would have more than
                              `most` of the others, which then have none of those; no tall
                              ones if they would take the place of fewer than `least`
@@ -77,10 +78,10 @@ def _list_tiles(
         tl.store(entry + 5, place + i * PITCH, mask=i < each)
 
 
-@triton.jit(do_not_specialize=["slots", "most", "least"])
+@triton.jit(do_not_specialize=["slots", "most", "least", "length"])
 def _count_kernel(
     topk_ids, expert_map, counts, done, starts, destinations, order, scale_rows, tiles, num_tiles,
-    tall_tiles, num_tall, most, least, slots, num_experts, num_global,
+    tall_tiles, num_tall, progress, most, least, length, slots, num_experts, num_global,
     ROWS: tl.constexpr, PITCH: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
     ONE: tl.constexpr, TALL_ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -96,6 +97,9 @@ def _count_kernel(
         count = tl.load(counts + e, mask=e < num_experts, other=0, volatile=True)
         tl.store(counts + e, 0, mask=e < num_experts)
         tl.store(done, 0)
+        if progress is not None:
+            for i in range(0, length, EXPERTS):
+                tl.store(progress + i + e, 0, mask=i + e < length)
         start = tl.cumsum(count, 0) - count
         tl.store(starts + e, start, mask=e < num_experts)
         each = tl.cdiv(count, ROWS)
@@ -142,11 +146,12 @@ class Tiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Routing(Tiles):
-    """As above. scale_rows None: scales are there already. tall None: there are none."""
+    """As above. scale_rows None: scales are there already. tall, progress None: there are none."""
 
     destinations: torch.Tensor
     scale_rows: torch.Tensor | None = None
     tall: Tiles | None = None
+    progress: torch.Tensor | None = None
 
 
 def scale_pitch(rows: int) -> int:
@@ -177,11 +182,11 @@ def empty_routing(topk_ids: torch.Tensor, num_experts: int, rows: int) -> Routin
 
 def launch(
     topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int, rows: int,
-    counts: torch.Tensor, most: int = 0, least: int = 0,
+    counts: torch.Tensor, most: int = 0, least: int = 0, chained: bool = False,
 ) -> Routing:  # fmt: skip
     """Tiles of `rows` rows; destinations [M, topk]. most: see tall, 16 rows at least; 0: without.
 
-    counts [E + 1] int32 zeros, the last of which is `done`.
+    counts [E + 1] int32 zeros, the last of which is `done`. chained: with progress.
     """
     slots, device = topk_ids.numel(), topk_ids.device
     routing = empty_routing(topk_ids, num_experts, rows)
@@ -192,6 +197,9 @@ def launch(
         assert rows == scale_pitch(rows), "scales of tall tiles are not in one piece"
         bound = most_tiles(slots, min(num_experts, slots // (most * rows + 1)), PREFILL_ROWS)
         high = replace(_empty_tiles(bound, device), order=routing.order)
+    progress = None
+    if chained:
+        progress = torch.empty(len(routing.tiles) + 1, dtype=torch.int32, device=device)
     sizes = {"ROWS": rows, "PITCH": scale_pitch(rows), "SLOTS": SLOTS, "num_warps": 8}
     grid, num_global = (programs(slots),), 0 if expert_map is None else len(expert_map)
     dependent = dependent_launch(device)
@@ -199,7 +207,8 @@ def launch(
         topk_ids, expert_map, counts, counts[num_experts:], starts, routing.destinations,
         routing.order, scale_rows, routing.tiles, routing.num_tiles,
         None if high is None else high.tiles, None if high is None else high.num_tiles,
-        most, least, slots, num_experts, num_global,
+        progress, most, least, 0 if progress is None else len(progress), slots, num_experts,
+        num_global,
         EXPERTS=triton.next_power_of_2(num_experts), ONE=grid[0] == 1, TALL_ROWS=PREFILL_ROWS,
         **sizes, **dependent,
     )  # fmt: skip
@@ -208,7 +217,7 @@ def launch(
             topk_ids, expert_map, starts, routing.destinations, routing.order, scale_rows,
             slots, num_experts, num_global, **sizes, **dependent,
         )  # fmt: skip
-    return replace(routing, scale_rows=scale_rows, tall=high)
+    return replace(routing, scale_rows=scale_rows, tall=high, progress=progress)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -5,6 +5,8 @@ all slots with each other, which takes less time than to ask other programs thro
 an expert are in the order of their slots.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -20,8 +22,8 @@ GROUP, GROUPS, WARPS = 128, 4, 8
 
 @triton.jit(do_not_specialize=["slots", "stride_s"])
 def _route_quant_kernel(
-    x, q, s, topk_ids, expert_map, destinations, order, tiles, num_tiles, K, groups, stride_xm,
-    stride_s, slots, num_experts, num_global,
+    x, q, s, topk_ids, expert_map, destinations, order, tiles, num_tiles, progress, K, groups,
+    stride_xm, stride_s, slots, num_experts, num_global,
     FLOOR: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, COPIES: tl.constexpr,
     TOPK: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
     PITCH: tl.constexpr, PDL: tl.constexpr,
@@ -68,6 +70,9 @@ def _route_quant_kernel(
         tl.store(entry + 4, tl.cdiv(count, ROWS), mask=first)
         tl.store(entry + 5, scale_row, mask=first)
         tl.store(num_tiles, tl.sum(begins.to(tl.int32), 0))
+        if token == 0:
+            tl.store(progress + j, 0, mask=j < slots)
+            tl.store(progress + slots, 0)
 
     ue8m0: tl.constexpr = s.dtype.element_ty == tl.uint8
     codes, scale = quantize(tl.reshape(to_float(values), [GROUPS, GROUP]), ue8m0, FLOOR)
@@ -95,13 +100,14 @@ def launch(
     """
     (M, K), topk = x.shape, topk_ids.shape[1]
     groups, routing = triton.cdiv(K, GROUP), empty_routing(topk_ids, num_experts, rows)
+    progress = torch.empty(M * topk + 1, dtype=torch.int32, device=x.device)
     slots = compared_slots(M * topk)
     _route_quant_kernel[(M * triton.cdiv(groups, GROUPS),)](
         x, q.view(torch.uint8), s, topk_ids, expert_map, routing.destinations, routing.order,
-        routing.tiles, routing.num_tiles, K, groups, x.stride(0) if M > 1 else K, s.stride(1),
-        M * topk, num_experts, 0 if expert_map is None else len(expert_map),
+        routing.tiles, routing.num_tiles, progress, K, groups, x.stride(0) if M > 1 else K,
+        s.stride(1), M * topk, num_experts, 0 if expert_map is None else len(expert_map),
         FLOOR=floor, GROUP=GROUP, GROUPS=GROUPS, COPIES=topk, TOPK=triton.next_power_of_2(topk),
         SLOTS=slots, CHUNK=min(slots, CHUNK), ROWS=rows, PITCH=scale_pitch(rows),
         num_warps=WARPS, **dependent_launch(x.device), **FMA,
     )  # fmt: skip
-    return routing
+    return replace(routing, progress=progress)

@@ -1,10 +1,9 @@
 """Routed experts: sort, quantize, gated product, product, sum.
 
 one token    expert_decode twice: every slot is a tile, x is quantized inside, the second sums
-few rows     route and act_quant to sorted rows (few slots: route_quant), expert_decode twice,
-             combine
-many rows    the same with expert_prefill
-batched      as few rows, where they are
+few rows     route and act_quant to sorted rows (few slots: route_quant), expert_chain, combine
+many rows    the same with expert_prefill twice
+batched      act_quant and expert_decode twice, on rows where they are
 otherwise    portable's kernels: see `refusal`
 """
 
@@ -17,7 +16,15 @@ import torch
 
 from .. import portable
 from ..formats import BLOCK, SF_FLOOR
-from ..kernels import act_quant, expert_decode, expert_prefill, grouped_gemm, route, route_quant
+from ..kernels import (
+    act_quant,
+    expert_chain,
+    expert_decode,
+    expert_prefill,
+    grouped_gemm,
+    route,
+    route_quant,
+)
 from ..kernels.config import MASKED_TILE, act_quant_config, batch_invariant
 from ..kernels.expert_config import batched_config, experts_config, most_tiles
 from ..kernels.hopper_config import device_of
@@ -64,7 +71,6 @@ def experts(
     source = x * topk_weights.to(x.dtype) if weight_on_input else x
     weights = None if weight_on_input else topk_weights.reshape(-1)
     ids = topk_ids.contiguous()
-    gated, down = config.gated, config.down
     tiles = slots if config.one_token else most_tiles(slots, E, config.rows)
     scale_rows = tiles * route.scale_pitch(config.rows)
     hidden, hidden_s = _empty_quantized(slots, I, scale_rows, ue8m0, device)
@@ -74,6 +80,7 @@ def experts(
     quantization: dict[str, Any] = {"ue8m0": ue8m0, "floor": SF_FLOOR, "dtype": x.dtype}
 
     if config.one_token:
+        gated, down = config.gated, config.down
         assert gated is not None
         assert down is not None
         count = counters(w13, max(topk * ceil_div(I, BLOCK), ceil_div(H, down.block_n)))
@@ -94,7 +101,14 @@ def experts(
         routing = route_quant.launch(source, a, a_s, ids, expert_map, E, config.rows, SF_FLOOR)
     else:
         routing = route.launch(
-            ids, expert_map, E, config.rows, counters(w2, E + 1), config.tall, config.least_tall
+            ids,
+            expert_map,
+            E,
+            config.rows,
+            counters(w2, E + 1),
+            config.tall,
+            config.least_tall,
+            config.chain is not None,
         )
         act_quant.launch(
             source[None], a, a_s[None], BLOCK, SF_FLOOR, True,
@@ -102,13 +116,11 @@ def experts(
             destinations=routing.destinations, scale_rows=routing.scale_rows,
         )  # fmt: skip
     tall: route.Tiles | None = routing
-    if gated is not None and down is not None:
-        few: dict[str, Any] = quantization | {
-            "routing": routing, "ids": None, "expert_map": None, "combined": None,
-            "counters": None, "rows": config.rows,
-        }  # fmt: skip
-        expert_decode.launch(a, a_s, *first, slot_weights=None, config=gated, **few)
-        expert_decode.launch(*second, slot_weights=weights, config=down, **few)
+    if config.chain is not None:
+        expert_chain.launch(
+            a, a_s, *first, *second[2:6], slot_weights=weights, routing=routing, rows=config.rows,
+            config=config.chain, **quantization,
+        )  # fmt: skip
         tall = routing.tall
     if tall is not None:
         many: dict[str, Any] = quantization | {"routing": tall, "programs": sms}
