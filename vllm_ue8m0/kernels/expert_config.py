@@ -98,7 +98,7 @@ def chain_registers(warps: int) -> int:
 def chain_bytes(stages: int, rows: int, NK: int, scale_bytes: int) -> int:
     """Shared memory of expert_chain: ring, scales of w, a layout's change. NK: the longer K's."""
     stage = 2 * 128 * 128 + 128 * (rows + scale_bytes)
-    return stages * stage + 16 * (1 << (NK - 1).bit_length()) + 128 * rows * 4 + 512
+    return stages * stage + 16 * (1 << (NK - 1).bit_length()) + 128 * rows * 4 + 256
 
 
 def prefill_bytes(stages: int, scale_bytes: int, gated: bool) -> int:
