@@ -1,11 +1,15 @@
 """Both products of routed experts with few rows in one launch on sm_90, limited by reading weights.
 
-Operands, GATED rounding and tiles are expert_decode's, and so is the sum of every element. A unit
-is 128 columns of gate and of up, or 256 columns of the second product; all of the first come
-before any of the second, and programs take them in order, when they are ready. A unit of the
-second product may start when all of its tile's first ones are `done`, which they mostly are long
-before: the stream of weights does not end between the products, and no program is left without
-work while others multiply the last units of the first.
+Operands, rounding and tiles are expert_prefill's, both products in a row: a [slots, H] sorted by
+expert -> hidden [slots, I], codes and scales -> out [slots, H], a row times its slot's weight, at
+its slot. Swap-AB and the sum of every element are decode_gemm's: 128 rows of w to TOKENS of a tile.
+
+A unit is 128 columns of gate and of up, or 256 columns of the second product; all of the first come
+before any of the second, and programs take them in order, when they are ready. A unit of the second
+product may start when all of its tile's first ones are done, which they mostly are long before: the
+stream of weights does not end between the products, and no program is without work while others
+multiply the last units of the first. `progress` counts units that were taken, and what is done of
+each tile. Codes and scales of hidden are ordinary stores that the copy engine reads, hence fences.
 
 Nothing waits for a program that has not started: what a unit needs comes before it, and was taken
 by a program that runs.

@@ -1,8 +1,9 @@
-"""Experts' products of few rows on sm_90, limited by reading weights.
+"""Experts' products of one token, or of few rows in the batched format, on sm_90.
 
-Operands, GATED and rounding are expert_prefill's; sums and swap-AB are decode_gemm's: BLOCK_N rows
-of w to TOKENS rows of a tile. A stage of the ring is one block of K of gate and of up, or two
-blocks of K. Of TOPK > 0 slots of one token every slot is a tile and nothing is sorted:
+They are limited by reading weights. Operands, GATED and rounding are expert_prefill's; sums and
+swap-AB are decode_gemm's: BLOCK_N rows of w to TOKENS rows of a tile. A stage of the ring is one
+block of K of gate and of up, or two blocks of K. Of TOPK > 0 slots of one token every slot is a
+tile and nothing is sorted:
 
 GATED    the token x is quantized by every program, in its part of K
 else     combined [N] is the sum of the products, in order, by the last program of a column tile
@@ -96,8 +97,8 @@ def _copy(
 
 @gluon.jit
 def _multiply(
-    x, sf, c, out, out_s, order, slot_weights, tiles, num_tiles, ids, expert_map, combined,
-    partial, counters, w_smem, a_smem, as_smem, ws_smem, ready, empty,
+    x, sf, c, out, out_s, slot_weights, tiles, num_tiles, ids, expert_map, combined, partial,
+    counters, w_smem, a_smem, as_smem, ws_smem, ready, empty,
     tiles_n, num_experts, num_global, N, K, NK, stride_se, stride_sn, stride_os,
     TOKENS: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, BLOCKS: gl.constexpr,
     GATED: gl.constexpr, TOPK: gl.constexpr, UE8M0: gl.constexpr, FLOOR: gl.constexpr,
@@ -194,7 +195,7 @@ def _multiply(
         else:
             if expert >= 0:
                 store_columns(
-                    acc0, c, out, order, slot_weights, expert, row, end, n, N,
+                    acc0, c, out, None, slot_weights, expert, row, end, n, N,
                     BLOCK_N, TOKENS, WARPS,
                 )  # fmt: skip
             if TOPK > 0:
@@ -207,7 +208,7 @@ def _multiply(
 
 @gluon.jit(do_not_specialize=["NK"])
 def _expert_decode_kernel(
-    w_desc, a_desc, as_desc, x, sf, c, out, out_s, order, slot_weights, tiles, num_tiles, ids,
+    w_desc, a_desc, as_desc, x, sf, c, out, out_s, slot_weights, tiles, num_tiles, ids,
     expert_map, combined, partial, counters, num_experts, num_global, N, K, NK,
     stride_se, stride_sn, stride_os,
     TOKENS: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, BLOCKS: gl.constexpr,
@@ -237,7 +238,7 @@ def _expert_decode_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                x, sf, c, out, out_s, order, slot_weights, tiles, num_tiles, ids, expert_map,
+                x, sf, c, out, out_s, slot_weights, tiles, num_tiles, ids, expert_map,
                 combined, partial, counters, w_smem, a_smem, as_smem, ws_smem, ready, empty,
                 tiles_n, num_experts, num_global, N, K, NK, stride_se, stride_sn, stride_os,
                 TOKENS, STAGES, SPLITS, BLOCKS, GATED, TOPK, UE8M0, FLOOR, DTYPE, WARPS,
@@ -261,8 +262,8 @@ def launch(
     counters: torch.Tensor | None, rows: int, config: Product, ue8m0: bool, floor: int,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """Gated if out_s is given. Either routing to tiles of `rows` rows; or one token's ids [TOPK],
-    with the token as a (gated), or with combined.
+    """Gated if out_s is given. Either tiles of `rows` rows, without order; or one token's ids
+    [TOPK], with the token as a (gated), or with combined.
 
     counters int32 zeros, of one token: one for each slot and column tile of a gated product that is
     divided, one for each column tile if there is combined.
@@ -272,9 +273,10 @@ def launch(
     block_n, splits = config.block_n, config.splits
     warps, fused = config.warps, gated and ids is not None
     blocks = part_blocks(NK, 1 if gated else 2, splits)
-    tiles = num_tiles = order = partial = None
+    tiles = num_tiles = partial = None
     if routing is not None:
-        tiles, num_tiles, order = routing.tiles, routing.num_tiles, None if gated else routing.order
+        assert routing.order is None, "results go to the rows they come from"
+        tiles, num_tiles = routing.tiles, routing.num_tiles
     topk = 0 if ids is None else ids.numel()
     if splits > 1:
         assert topk, f"{splits=} of sorted rows"
@@ -283,7 +285,7 @@ def launch(
     _expert_decode_kernel[(config.programs,)](
         code_tiles(w.view(E * N, K), block_n), None if fused else code_tiles(a, rows),
         None if a_s is None else scale_columns(a_s, SCALES), a if fused else None, sf, c,
-        out.view(torch.uint8) if gated else out, out_s, order, slot_weights, tiles, num_tiles, ids,
+        out.view(torch.uint8) if gated else out, out_s, slot_weights, tiles, num_tiles, ids,
         expert_map, combined, partial, counters, E,
         0 if expert_map is None else len(expert_map), N, K, NK, sf.stride(0), sf.stride(1),
         0 if out_s is None else out_s.stride(1),
