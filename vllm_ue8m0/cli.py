@@ -165,6 +165,10 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         )
         measured.add_argument("--plot", metavar="FILE.svg", help="draw: .svg, .png or .pdf")
     cli_bench.e2e_arguments(add("e2e", "time serving on this machine's GPUs, beside vLLM's fp8"))
+    moe.add_argument(
+        "--tokens", nargs="+", type=cli_values.positive, default=[], metavar="M",
+        help="of a layer, e.g. 48 96, instead of 1 to 8192",
+    )  # fmt: skip
     _add_shapes(gemm, "weights to multiply by, e.g. 7168,2048, instead of DeepSeek-V3's")
     show = add("show", "print the table of recorded results; needs no GPU")
     plot = add("plot", "draw recorded results; needs no GPU")
@@ -187,7 +191,7 @@ def _bench(options: Options) -> None:
     elif options.benchmark == "gemm":
         command.gemm(options.only, options.quick, options.shape, options.out, options.plot)
     elif options.benchmark == "moe":
-        command.moe(options.only, options.quick, options.out, options.plot)
+        command.moe(options.only, options.quick, options.tokens, options.out, options.plot)
     elif options.benchmark == "e2e":
         cli_bench.e2e(options)
     elif options.benchmark == "show":

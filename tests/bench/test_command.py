@@ -29,8 +29,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list:
         )
         return [replace(case, peers={}, context={}) for case in cases]  # some compile for minutes
 
-    def layers(backend, only, quick):
-        asked.append((backend, only, quick))
+    def layers(backend, only, quick, tokens):
+        asked.append((backend, only, quick, tokens))
         layer = moe.Layer("TP2", 4, 4, 256, 128, 2)
         cases = [moe.experts(backend, layer, "uniform", tokens) for tokens in (1, 2, 5)]
         return [replace(case, peers={}) for case in cases]
@@ -93,9 +93,9 @@ def test_gemm(asked: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 def test_moe(asked: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("matplotlib")
     out, picture = tmp_path / "results.jsonl", tmp_path / "results.svg"
-    arguments = ["--only", "tp8_uniform", "--out", str(out), "--plot", str(picture)]
-    assert main(["bench", "moe", *arguments]) == 0
-    assert asked == [(reference, ["tp8_uniform"], False)]
+    arguments = ["--only", "tp8_uniform", "--tokens", "16", "48", "--out", str(out)]
+    assert main(["bench", "moe", *arguments, "--plot", str(picture)]) == 0
+    assert asked == [(reference, ["tp8_uniform"], False, [16, 48])]
     measured = records.read(out)
     assert [(r.bench, r.M, r.N, r.K) for r in measured] == [
         ("moe_layer", tokens, None, 256) for tokens in (1, 2, 5)

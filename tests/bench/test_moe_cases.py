@@ -60,6 +60,14 @@ def test_every_layer_is_measured_at_every_size():
     assert [*ALL[0].peers] == ["vllm_triton", "deepgemm", "vllm_triton_fp32"]
 
 
+def test_other_tokens():
+    found = moe.cases(reference, ["tp8_uniform", "tp1_skewed"], tokens=[48, 96])
+    layers = ["TP1 skewed"] * 2 + ["TP8 uniform"] * 2
+    assert [f"{c.variant['parallel']} {c.variant['routing']}" for c in found] == layers
+    assert [case.M for case in found] == [48, 96] * 2
+    assert moe.cases(reference, ["tp8_uniform"], quick=True, tokens=[48])[0].M == 48
+
+
 def test_layers_of_deepseek():
     sizes = {
         name: [of(name)[0].variant[key] for key in ("experts", "intermediate", "topk")]

@@ -37,12 +37,18 @@ def gemm(
     measure(selected, ("gemm", "linear"), out, picture, with_roof=True)
 
 
-def moe(only: Sequence[str], quick: bool, out: str | None, picture: str | None) -> None:
-    """Measure the routed experts on this machine's GPU."""
+def moe(
+    only: Sequence[str],
+    quick: bool,
+    tokens: Sequence[int],
+    out: str | None,
+    picture: str | None,
+) -> None:
+    """Measure the routed experts on this machine's GPU; tokens of a layer: instead of the usual."""
     from .moe import cases
 
     def selected(backend: ModuleType) -> Sequence[Case]:
-        return cases(backend, only, quick)
+        return cases(backend, only, quick, tokens)
 
     measure(selected, ("experts",), out, picture, with_roof=True)
 

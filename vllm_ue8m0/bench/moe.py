@@ -73,17 +73,26 @@ DEEPSEEK = {
 }
 
 
-def cases(backend: ModuleType, only: Sequence[str] = (), quick: bool = False) -> list[Case]:
-    """Every case of the layers `only` (default: all); `quick`: a small and a large one each."""
-    return [case for case in _all(backend, only) if case.quick or not quick]
+def cases(
+    backend: ModuleType,
+    only: Sequence[str] = (),
+    quick: bool = False,
+    tokens: Sequence[int] = (),
+) -> list[Case]:
+    """Every case of the layers `only` (default: all); `quick`: a small and a large one each.
+
+    tokens: of each layer, instead of the usual; all of them are quick then.
+    """
+    return [case for case in _all(backend, only, tokens) if case.quick or not quick]
 
 
-def _all(backend: ModuleType, only: Sequence[str]) -> Iterator[Case]:
+def _all(backend: ModuleType, only: Sequence[str], tokens: Sequence[int]) -> Iterator[Case]:
     for name in MOE_LAYERS:  # those of the same weights follow one another
         layer, kind = name.split("_")
         if not only or name in only:
-            for tokens in TOKENS if layer == "tp1" else SHARDED_TOKENS:
-                yield experts(backend, DEEPSEEK[layer], kind, tokens, tokens in QUICK_TOKENS)
+            for M in tokens or (TOKENS if layer == "tp1" else SHARDED_TOKENS):
+                quick = bool(tokens) or M in QUICK_TOKENS
+                yield experts(backend, DEEPSEEK[layer], kind, M, quick)
 
 
 def experts(backend: ModuleType, layer: Layer, kind: str, tokens: int, quick: bool = False) -> Case:
