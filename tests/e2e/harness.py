@@ -29,6 +29,12 @@ def run_vllm(*command, stdout_only=False, **kwargs):
     return done.stdout + ("" if stdout_only else done.stderr)
 
 
+def check_alone_and_together(steps):
+    """`scores` of prompts asked one by one and all at once: the same, bit for bit."""
+    for one, many in zip(*steps, strict=True):
+        assert all(map(torch.equal, one, many))
+
+
 def kl(reference, other):
     """Mean KL(reference || other) in nats per token; lists of [T, V] logits."""
     total = tokens = 0

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from harness import FIXTURES, GPU, kl
+from harness import FIXTURES, GPU, check_alone_and_together, kl
 from safetensors.torch import load_file, save_file
 from tiny_deepseek.checkpoint import encode
 from tiny_deepseek.model import CUDA, Rounding, TinyDeepseek
@@ -187,8 +187,7 @@ def test_batch_invariant(prompts, served):
     """Bit for bit the same alone and in a batch; and the same text with drafts."""
     same = {"generate": 32, "env": {"VLLM_BATCH_INVARIANT": "1"}}
     run = served(MODEL, prompts, steps=[("scores", False), ("scores", True)], **same)
-    for one, many in zip(*run["steps"], strict=True):
-        assert all(map(torch.equal, one, many))
+    check_alone_and_together(run["steps"])
     draft = {"method": "mtp", "num_speculative_tokens": 1}
     drafted = served(MODEL, prompts, speculative_config=draft, **same)
     assert drafted["accepted"] > 0

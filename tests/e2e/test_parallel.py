@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from harness import FIXTURES, GPU, HERE, kl, run_vllm
+from harness import FIXTURES, GPU, HERE, check_alone_and_together, kl, run_vllm
 from tiny_deepseek.checkpoint import encode
 
 MODEL = FIXTURES / "tiny_deepseek"
@@ -98,13 +98,8 @@ def test_data_parallel_with_expert_parallel(single, tmp_path):
     assert "all2all manager" in both[0]["log"]  # tokens travel between the ranks
 
 
-INVARIANT = {"steps": [("scores", False), ("scores", True)]}
+INVARIANT = {"steps": [("scores", False), ("scores", True)], "env": {"VLLM_BATCH_INVARIANT": "1"}}
 needs_invariance = pytest.mark.skipif(not GPU, reason="VLLM_BATCH_INVARIANT=1 is Triton's kernels")
-
-
-def same_alone_and_together(run):
-    for one, many in zip(*run["steps"], strict=True):
-        assert all(map(torch.equal, one, many))
 
 
 @needs_invariance
@@ -116,8 +111,7 @@ def same_alone_and_together(run):
 ])  # fmt: skip
 def test_batch_invariant(served, layout):
     """With rounded activations, alone and in a batch: bit for bit the same."""
-    env = {"VLLM_BATCH_INVARIANT": "1"}
-    same_alone_and_together(served(MODEL, PROMPTS, env=env, **INVARIANT, **layout))
+    check_alone_and_together(served(MODEL, PROMPTS, **INVARIANT, **layout)["steps"])
 
 
 @needs_invariance
@@ -125,9 +119,8 @@ def test_batch_invariant(served, layout):
 def test_batch_invariant_data_parallel(tmp_path):
     """The experts of a step have the rows of both ranks, whose prompts differ."""
     lists = [PROMPTS, [PROMPTS[1][:60], PROMPTS[0][:100]]]
-    env = {"VLLM_BATCH_INVARIANT": "1"}
-    for run in data_parallel(tmp_path, lists, env=env, **INVARIANT, **EP):
-        same_alone_and_together(run)
+    for run in data_parallel(tmp_path, lists, **INVARIANT, **EP):
+        check_alone_and_together(run["steps"])
 
 
 @pytest.mark.skipif(not GPU, reason="vLLM: load balancing is only supported on GPUs")

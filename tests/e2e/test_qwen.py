@@ -6,7 +6,7 @@ import shutil
 import pytest
 import tiny_qwen
 import torch
-from harness import GPU, kl
+from harness import GPU, check_alone_and_together, kl
 from safetensors.torch import load_file, save_file
 
 from vllm_ue8m0 import inspect
@@ -125,9 +125,7 @@ def test_rounded_activations(truth, rounded):
 @pytest.mark.skipif(not GPU, reason="VLLM_BATCH_INVARIANT=1 is Triton kernels of vLLM's own")
 def test_batch_invariant(rounded):
     """A prompt's log-probabilities and those of its continuation: alone and in a batch, bitwise."""
-    alone, together = rounded["steps"]
-    for one, many in zip(alone, together, strict=True):
-        assert all(map(torch.equal, one, many))
+    check_alone_and_together(rounded["steps"])
 
 
 def test_experts_with_scales_in_bfloat16(served, tmp_path):

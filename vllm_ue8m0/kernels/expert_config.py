@@ -12,7 +12,8 @@ from .hopper_config import HALF_SHARED_BYTES, SHARED_BYTES
 
 # Most expected rows of an expert for tiles of so many; more is for expert_prefill. H100,
 # 2026-11-23, 256 experts of 2048, 512, 768 and 1,024 tokens: in tiles of 32 3,950 us, -, 4,534; of
-# 64 4,114, 4,186 and 4,249; by expert_prefill 4,003, 4,058 and 4,113.
+# 64 4,114, 4,186 and 4,249; by expert_prefill 4,003, 4,058 and 4,113. Those of tiles by
+# expert_decode, before expert_chain.
 TOKENS = ((9, 16), (22, 32))
 LEAST_ROWS = 8
 PREFILL_ROWS = 128

@@ -208,14 +208,6 @@ def chain_unit(unit, units, gated_units, tiles, gated_n, down_n):
 
 
 @gluon.jit
-def _copy_either(w13_desc, w2_desc, w_smem, bar, stage, gated, expert, n, k, gated_n, H):
-    if gated:
-        _copy_pair(w13_desc, w_smem, bar, stage, expert, n, k, 2 * gated_n * 128, True, True)
-    else:
-        _copy_pair(w2_desc, w_smem, bar, stage, expert, n, k, H, True, False)
-
-
-@gluon.jit
 def copy_chain(
     w13_desc, w2_desc, a_desc, as_desc, h_desc, hs_desc, tiles, num_tiles, progress,
     w_smem, a_smem, as_smem, next_smem, ready, empty, gated_n, down_n, H, gated_NK,
@@ -249,7 +241,7 @@ def copy_chain(
                 next_smem.index(stage).store(gl.full([1], following, gl.int32, line))
                 barrier()
             mbarrier.expect(bar, nbytes)
-            _copy_either(w13_desc, w2_desc, w_smem, bar, stage, False, expert, n, k, gated_n, H)
+            _copy_pair(w2_desc, w_smem, bar, stage, expert, n, k, H, True, False)
             stage, phase = next_stage(stage, phase, 1, STAGES)
         if not gated:
             flag = progress + 1 + tile
@@ -265,7 +257,11 @@ def copy_chain(
                     next_smem.index(slot).store(gl.full([1], following, gl.int32, line))
                     barrier()
                 mbarrier.expect(bar, nbytes)
-                _copy_either(w13_desc, w2_desc, w_smem, bar, slot, gated, expert, n, k, gated_n, H)
+                if gated:
+                    N = 2 * gated_n * 128
+                    _copy_pair(w13_desc, w_smem, bar, slot, expert, n, k, N, True, True)
+                else:
+                    _copy_pair(w2_desc, w_smem, bar, slot, expert, n, k, H, True, False)
             if gated:
                 copy_to_shared(a_desc, [row, k * 128], bar, a_smem.index(slot))
                 copy_to_shared(as_desc, [k, scale_row], bar, as_smem.index(slot))

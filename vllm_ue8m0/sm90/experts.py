@@ -76,7 +76,8 @@ def experts(
     hidden, hidden_s = _empty_quantized(slots, I, scale_rows, ue8m0, device)
     products = torch.empty(slots, H, dtype=x.dtype, device=device)
     first = (w13, kernel_scale(sf13), c13, hidden, hidden_s)
-    second = (hidden, hidden_s, w2, kernel_scale(sf2), c2, products, None)
+    down_operands = (w2, kernel_scale(sf2), c2, products)
+    second = (hidden, hidden_s, *down_operands, None)
     quantization: dict[str, Any] = {"ue8m0": ue8m0, "floor": SF_FLOOR, "dtype": x.dtype}
 
     if config.one_token:
@@ -118,8 +119,8 @@ def experts(
     tall: route.Tiles | None = routing
     if config.chain is not None:
         expert_chain.launch(
-            a, a_s, *first, *second[2:6], slot_weights=weights, routing=routing, rows=config.rows,
-            config=config.chain, **quantization,
+            a, a_s, *first, *down_operands, slot_weights=weights, routing=routing,
+            rows=config.rows, config=config.chain, **quantization,
         )  # fmt: skip
         tall = routing.tall
     if tall is not None:
