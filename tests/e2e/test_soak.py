@@ -4,6 +4,8 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
+from threading import Thread
 
 import pytest
 from harness import FIXTURES, HERE, SMALL_OPTIONS
@@ -80,28 +82,56 @@ class Fake:
         return web.Response(text="\n".join(lines) if self.fault != "no metrics" else "")
 
 
+async def start(fake, **options):
+    """(What serves it and has to be cleaned up, its address.)"""
+    app = web.Application()
+    app.router.add_get("/v1/models", fake.models)
+    app.router.add_get("/metrics", fake.metrics)
+    app.router.add_post("/tokenize", fake.tokenize)
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        app.router.add_post(path, fake.handle)
+    runner = web.AppRunner(app, **options)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
+
+
 def report(fault="", growth=(0, 0, 0), requests=60):
     """Of a soak of a faulty server, whose memory is 1,000 MiB and more each time."""
     memory = iter([Memory(1000 + more, 500 + more) for more in growth])
 
     async def run():
-        fake, app = Fake(fault), web.Application()
-        app.router.add_get("/v1/models", fake.models)
-        app.router.add_get("/metrics", fake.metrics)
-        app.router.add_post("/tokenize", fake.tokenize)
-        for path in ("/v1/completions", "/v1/chat/completions"):
-            app.router.add_post(path, fake.handle)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        port = runner.addresses[0][1]
+        runner, url = await start(Fake(fault))
         try:
-            return await soak(f"http://127.0.0.1:{port}", lambda: next(memory), requests, 1)
+            return await soak(url, lambda: next(memory), requests, 1)
         finally:
             await runner.cleanup()
 
     return asyncio.run(run())
+
+
+def test_connections_that_a_server_closes_are_no_failure(monkeypatch):
+    """Measuring takes longer than it keeps idle ones; it runs apart, and so closes them then."""
+    monkeypatch.setattr("soak.IDLE_SECONDS", 0.1)
+    loop = asyncio.new_event_loop()
+    thread = Thread(target=loop.run_forever)
+    thread.start()
+
+    def elsewhere(work):
+        return asyncio.run_coroutine_threadsafe(work, loop).result()
+
+    def measure():
+        time.sleep(0.9)
+        return Memory(1000, None)
+
+    runner, url = elsewhere(start(Fake(), keepalive_timeout=0.3))
+    try:
+        assert asyncio.run(soak(url, measure, 24, 1)).failures == []
+    finally:
+        elsewhere(runner.cleanup())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 def test_a_good_server_passes():
