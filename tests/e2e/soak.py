@@ -38,10 +38,6 @@ PART = 3  # after one part of so many, what a server keeps is its own
 CLIENTS = 6
 GROWTH_MIB = 256
 REQUEST_SECONDS = 900
-# A connection that was idle for longer is not used again. The server closes those after 5 s
-# (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); aiohttp would keep them for 15, and does not see it in time when
-# the memory is measured meanwhile: "Can not write request body" on two busy cores.
-IDLE_SECONDS = 2.0
 SHOWN = 10  # lines of the log
 LOG_ERROR = re.compile(r"\bERROR\b|\bCRITICAL\b|Traceback \(most recent call last\)")
 
@@ -93,7 +89,10 @@ async def soak(
     """Load a server with so many requests, or for so long; `measure` its memory."""
     timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
     memory: dict[str, Memory] = {}
-    connector = aiohttp.TCPConnector(keepalive_timeout=IDLE_SECONDS)
+    # A connection for each request. An idle one may be closed by the server (by vLLM after 5 s,
+    # VLLM_HTTP_TIMEOUT_KEEP_ALIVE) just when it is used again, which a busy client does not see in
+    # time: "Can not write request body", 4 of 42 requests on two busy cores.
+    connector = aiohttp.TCPConnector(force_close=True)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         load = Load(session, url, seed)
         failures, before = load.counts.failures, []
