@@ -58,9 +58,9 @@ def test_programs_of_few_rows_fit_an_sm():
     for layer in (*LAYERS, *BATCHED):
         config, inner, scale_bytes = config_of(layer), layer[3], 1 if layer[4] == "u8" else 4
         if config.chain is not None:
-            stages, programs, warps = vars(config.chain).values()
-            used = rules.chain_bytes(stages, config.rows, max(H, inner) // 128, scale_bytes)
-            fits(programs // SMS, used, warps, rules.chain_registers(warps))
+            NK = max(H, inner) // 128
+            used = rules.chain_bytes(config.chain, config.rows, NK, scale_bytes)
+            fits(1, used, rules.CHAIN_WARPS, rules.CHAIN_REGISTERS)
         for product, K in ((config.gated, H), (config.down, inner)):
             if product is None:
                 continue
@@ -114,7 +114,7 @@ def compile_layers() -> None:
         expert_map = empty(num_global, dtype="i32") if num_global > E else None
         if config.chain is not None:
             estimate = rules.chain_bytes(
-                config.chain.stages, config.rows, max(H, inner) // 128, scale_bytes
+                config.chain, config.rows, max(H, inner) // 128, scale_bytes
             )
             chain.name = f"chain {config.rows} both {M} {E} {inner} {scale} {factors} {estimate}"
             expert_chain.launch(
@@ -125,7 +125,7 @@ def compile_layers() -> None:
                 empty(slots, inner, dtype="e4m3"), scales(slots, inner, scale),
                 empty(E, H, inner, dtype="e4m3"), empty(E, H // 128, inner // 128, dtype=scale),
                 empty(E, H // 128) if factors else None, empty(slots, H, dtype="bf16"),
-                slot_weights=empty(slots), rows=config.rows, config=config.chain,
+                slot_weights=empty(slots), rows=config.rows, stages=config.chain, programs=SMS,
                 routing=Routing(
                     **vars(routing), destinations=ids, progress=empty(slots + 1, dtype="i32")
                 ),

@@ -8,7 +8,6 @@ import torch
 from checks import random_codes, random_scale, same_bits
 
 from vllm_ue8m0 import portable
-from vllm_ue8m0.kernels.expert_config import Chain
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -94,14 +93,13 @@ def test_same_bits_as_step_by_step(sm90, monkeypatch, M, topk, E, H, I):  # noqa
         assert same_bits(run(sm90.experts, x, w, route), expected)
 
 
-@pytest.mark.parametrize(("stages", "warps"), [(2, 4), (3, 4), (2, 8), (4, 8)])
+@pytest.mark.parametrize("stages", [2, 3, 4])
 @pytest.mark.parametrize(("E", "H", "I"), [(32, 7168, 256), (8, 1024, 2048), (6, 400, 128)])
-def test_programs_and_rings_of_a_chain(sm90, monkeypatch, stages, warps, E, H, I):  # noqa: E741
+def test_rings_of_a_chain(sm90, monkeypatch, stages, E, H, I):  # noqa: E741
     """Units of the second product, fewer or more of them than a ring has stages for."""
     module = importlib.import_module("vllm_ue8m0.sm90.experts")
-    rule, sms = module.experts_config, torch.cuda.get_device_properties(0).multi_processor_count
-    chain = Chain(stages, sms * 8 // warps, warps)
-    monkeypatch.setattr(module, "experts_config", lambda *a: replace(rule(*a), chain=chain))
+    rule = module.experts_config
+    monkeypatch.setattr(module, "experts_config", lambda *a: replace(rule(*a), chain=stages))
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     w = weights(E, H, I)
     for M in (2, 9, 16):

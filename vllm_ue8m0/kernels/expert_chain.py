@@ -27,9 +27,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..layouts import ceil_div
 from .config import FMA
-from .expert_config import Chain, chain_registers
-from .expert_load import chain_unit, copy_chain
-from .expert_store import store_columns, store_gated
+from .expert_chain_load import FIELDS, chain_unit, copy_chain, told
+from .expert_config import CHAIN_REGISTERS, CHAIN_WARPS
+from .expert_store import column_layout, store_gated, store_weighted
 from .hopper import (
     barrier,
     code_tiles,
@@ -70,6 +70,19 @@ def _scales(
 
 
 @gluon.jit
+def _targets(order, source, end, gated):
+    """Slots of rows of the second product."""
+    return gl.load(order + source, mask=(source < end) & (not gated), other=0)
+
+
+@gluon.jit
+def _weights(slot_weights, slot, used):
+    if slot_weights is None:
+        return None
+    return gl.load(slot_weights + slot, mask=used, other=0.0).to(gl.float32)
+
+
+@gluon.jit
 def _multiply(
     sf13, sf2, c13, c2, hidden, hidden_s, out, order, slot_weights, tiles, num_tiles, progress,
     w_smem, a_smem, as_smem, ws_smem, next_smem, ready, empty,
@@ -80,7 +93,7 @@ def _multiply(
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TOKENS, 32])
     along: gl.constexpr = gl.SliceLayout(0, mma)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    columns: gl.constexpr = gl.SliceLayout(0, column_layout(128, WARPS))
     ws_each = reinterpret(ws_smem, gl.float32, [4 * BLOCKS, 1], line)
     SKIP: gl.constexpr = SCALES // TOKENS  # row r of a block's scales is at r * SKIP
     scales = reinterpret(as_smem, as_smem.dtype, [STAGES * SKIP, TOKENS], line)
@@ -104,20 +117,31 @@ def _multiply(
         barrier()
     else:  # nothing to do; of the same types
         gated, tile, expert, row, end, scale_row, n = unit < 0, 0, 0, 0, 0, 0, 0
+    token = gl.arange(0, TOKENS, columns)
+    target = _targets(order, row + token, end, gated)
     stage, phase, side = 0, 0, 0
     raw0 = gl.zeros([128, TOKENS], gl.float32, mma)
     raw1 = gl.zeros([128, TOKENS], gl.float32, mma)
     while unit < units:
         mbarrier.wait(ready.index(stage), phase)
-        following = gl.max(next_smem.index(stage).load(one), 0)
-        gated1, tile1, expert1, row1, end1, scale_row1, n1 = chain_unit(
-            following, units, gated_units, tiles, gated_n, down_n
-        )
+        spot = stage * FIELDS
+        following = told(next_smem, spot, WARPS)
+        tile1 = told(next_smem, spot + 1, WARPS)
+        expert1 = told(next_smem, spot + 2, WARPS)
+        row1 = told(next_smem, spot + 3, WARPS)
+        end1 = told(next_smem, spot + 4, WARPS)
+        scale_row1 = told(next_smem, spot + 5, WARPS)
+        kind1 = told(next_smem, spot + 6, WARPS)
+        gated1 = kind1 % 2 == 1
+        n1 = kind1 // 2
         # The next unit's weight scales reach shared memory while this one multiplies.
         s0, s1 = _scales(
             sf13, sf2, gated1, expert1, n1, gated_n, gated_NK, down_blocks, stride_se13,
             stride_sn13, stride_se2, stride_sn2, BLOCKS, WARPS,
         )  # fmt: skip
+        # So do the slots of its rows; of this unit's, known by now, the weights.
+        target1 = _targets(order, row1 + token, end1, gated1)
+        weight = _weights(slot_weights, target, row + token < end)
         acc0 = gl.zeros([128, TOKENS], gl.float32, mma)
         acc1 = gl.zeros([128, TOKENS], gl.float32, mma)
         steps = gl.where(gated, gated_NK, gated_n)
@@ -150,16 +174,12 @@ def _multiply(
             barrier()
             gl.atomic_add(progress + 1 + tile, 1, sem="release", scope="gpu")
         else:
-            store_columns(
-                acc0, c2, out, order, slot_weights, expert, row, end, 2 * n, H, 128, TOKENS, WARPS
-            )
-            store_columns(
-                acc1, c2, out, order, slot_weights, expert, row, end, 2 * n + 1, H, 128, TOKENS,
-                WARPS,
-            )  # fmt: skip
+            used = row + token < end
+            store_weighted(acc0, c2, out, weight, expert, target, used, 2 * n, H, 128, WARPS)
+            store_weighted(acc1, c2, out, weight, expert, target, used, 2 * n + 1, H, 128, WARPS)
             barrier()
         unit, gated, tile, expert = following, gated1, tile1, expert1
-        row, end, scale_row, n = row1, end1, scale_row1, n1
+        row, end, scale_row, n, target = row1, end1, scale_row1, n1, target1
 
 
 @gluon.jit
@@ -176,7 +196,7 @@ def _expert_chain_kernel(
     a_smem = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TOKENS, 128], a_desc.layout)
     as_smem = gl.allocate_shared_memory(as_desc.dtype, [STAGES, 1, SCALES], as_desc.layout)
     ws_smem = gl.allocate_shared_memory(gl.float32, [4, BLOCKS], line)
-    next_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 1], line)
+    next_smem = gl.allocate_shared_memory(gl.int32, [STAGES * FIELDS, 1], line)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -206,24 +226,24 @@ def launch(
     a: torch.Tensor, a_s: torch.Tensor, w13: torch.Tensor, sf13: torch.Tensor,
     c13: torch.Tensor | None, hidden: torch.Tensor, hidden_s: torch.Tensor, w2: torch.Tensor,
     sf2: torch.Tensor, c2: torch.Tensor | None, out: torch.Tensor, *,
-    slot_weights: torch.Tensor | None, routing: Routing, rows: int, config: Chain, ue8m0: bool,
-    floor: int, dtype: torch.dtype,
+    slot_weights: torch.Tensor | None, routing: Routing, rows: int, stages: int, programs: int,
+    ue8m0: bool, floor: int, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """a [slots, H] sorted -> hidden [slots, I] -> out [slots, H], a row at its slot.
 
-    routing: to tiles of `rows` rows, with `progress`.
+    routing: to tiles of `rows` rows, with `progress`. stages: of a program's ring.
     """
     (E, N, H), I = w13.shape, w2.shape[2]  # noqa: E741
     gated_n, gated_NK = I // 128, ceil_div(H, 128)
-    _expert_chain_kernel[(config.programs,)](
+    _expert_chain_kernel[(programs,)](
         code_tiles(w13.view(E * N, H), 128), code_tiles(w2.view(E * H, I), 128),
         code_tiles(a, rows), scale_columns(a_s, SCALES.value),
         code_tiles(hidden, rows), scale_columns(hidden_s, SCALES.value),
         sf13, sf2, c13, c2, hidden.view(torch.uint8), hidden_s, out, routing.order, slot_weights,
         routing.tiles, routing.num_tiles, routing.progress, gated_n, ceil_div(H, 256), H, gated_NK,
         sf13.stride(0), sf13.stride(1), sf2.stride(0), sf2.stride(1), hidden_s.stride(1),
-        TOKENS=rows, STAGES=config.stages, BLOCKS=1 << (max(gated_n, gated_NK) - 1).bit_length(),
+        TOKENS=rows, STAGES=stages, BLOCKS=1 << (max(gated_n, gated_NK) - 1).bit_length(),
         UE8M0=ue8m0, FLOOR=floor, DTYPE=getattr(gl, str(dtype).removeprefix("torch.")),
-        WARPS=config.warps, num_warps=config.warps, launch_pdl=True, **FMA,
-        maxnreg=chain_registers(config.warps),
+        WARPS=CHAIN_WARPS, num_warps=CHAIN_WARPS, launch_pdl=True, **FMA,
+        maxnreg=CHAIN_REGISTERS,
     )  # fmt: skip

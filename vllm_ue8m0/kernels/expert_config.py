@@ -22,7 +22,8 @@ PREFILL_ROWS = 128
 FEW_ROWS = 2
 MOST_TOPK = 16  # of one token without sorting
 MAX_STAGES = 4
-SHORT_K = 512  # of the second product, for expert_chain
+CHAIN_WARPS = 8  # of expert_chain that multiply
+CHAIN_REGISTERS = 168  # of a thread of it at the launch
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,9 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Chain:
-    """expert_chain: ring stages, programs, warps of each that multiply."""
-
-    stages: int
-    programs: int
-    warps: int
-
-
-@dataclass(frozen=True)
 class ExpertsConfig:
-    """rows: of a tile. gated, down: of expert_decode; chain: of expert_chain; else expert_prefill.
+    """rows: of a tile. gated, down: of expert_decode; chain: ring stages of expert_chain; else
+    expert_prefill.
 
     one_token: every slot of the only token is a tile. tall: most tiles of an expert without tall
     ones, 0: there are none. least_tall: least tiles that tall ones take the place of.
@@ -60,7 +53,7 @@ class ExpertsConfig:
     gated: Product | None = None
     down: Product | None = None
     one_token: bool = False
-    chain: Chain | None = None
+    chain: int | None = None
     tall: int = 0
     least_tall: int = 0
 
@@ -91,15 +84,10 @@ def registers(rows: int) -> int:
     return 128 if rows < 64 else 168
 
 
-def chain_registers(warps: int) -> int:
-    """Of a thread of expert_chain at the launch."""
-    return 128 if warps == 4 else 168
-
-
 def chain_bytes(stages: int, rows: int, NK: int, scale_bytes: int) -> int:
     """Shared memory of expert_chain: ring, scales of w, a layout's change. NK: the longer K's."""
     stage = 2 * 128 * 128 + 128 * (rows + scale_bytes)
-    return stages * stage + 16 * (1 << (NK - 1).bit_length()) + 128 * rows * 4 + 256
+    return stages * stage + 16 * (1 << (NK - 1).bit_length()) + 128 * rows * 4 + 512
 
 
 def prefill_bytes(stages: int, scale_bytes: int, gated: bool) -> int:
@@ -117,11 +105,11 @@ def experts_config(
     if not fitting:
         return ExpertsConfig(PREFILL_ROWS)
     rows = LEAST_ROWS if M <= LEAST_ROWS else fitting[0]
-    active = E * (1 - (1 - min(1.0, topk / num_global)) ** M)  # of uniform routing
     if M == 1 and topk <= MOST_TOPK:
+        active = E * min(1.0, topk / num_global)
         splits = 1 if invariant else gated_splits(active, H, inner, sms)
         return _two_launches(rows, H, inner, scale_bytes, splits, True, sms)
-    config = ExpertsConfig(rows, chain=_chain(rows, H, inner, scale_bytes, active, sms))
+    config = ExpertsConfig(rows, chain=_chain_stages(rows, H, inner, scale_bytes))
     tall, least = (1 if expected <= FEW_ROWS else 2), sms // ceil_div(inner, 128) + 1
     popular = min(E, M * topk // (tall * rows + 1))  # at most
     if tall * rows >= M or most_tiles(M * topk, popular, rows) < least:
@@ -135,23 +123,20 @@ def batched_config(T: int, H: int, inner: int, scale_bytes: int, sms: int) -> Ex
     return _two_launches(rows, H, inner, scale_bytes, 1, False, sms)
 
 
-def _chain(rows: int, H: int, inner: int, scale_bytes: int, active: float, sms: int) -> Chain:
-    """active: experts that tokens are expected to go to.
+def _chain_stages(rows: int, H: int, inner: int, scale_bytes: int) -> int:
+    """As many as an SM has room for, in one program of eight warps.
 
-    One program of eight warps an SM; two of four, whose waiting differs, where units of the second
-    product are short and many. H200, 2026-11-29, us with one and with two: 256 experts of 256, 16,
-    32 and 128 tokens 151.7, 238.8, 383.9 and 153.3, 231.7, 361.5; of 2048, 32, 128 and 512 tokens
-    1,633, 2,555, 2,746 and -, 2,607, 2,777; 32 experts of 2048, 16 tokens 147 and 156. With rings
-    of four stages for six: 150.0 for 151.7; 256 of 1024, 64 tokens 1,149 for 1,151.
+    H200, 2026-11-29, us with four stages and with three: 256 experts of 256, 16 tokens 143.3 and
+    147.1; 32 experts of 2048, 16 tokens 146.1 and 150.1; 256 of 2048, 8 and 32 tokens 574 and 588,
+    1,627 and 1,654. In one program and in two of four warps: 256 of 256, 16, 32 and 128 tokens
+    143.3, 226.0, 353.1 and 150.9, 228.9, 354.9; 256 of 1024, 16 and 64 tokens 521, 1,126 and 537,
+    1,159.
     """
-    waves = active * ceil_div(inner, 128) / sms
-    two = inner <= SHORT_K and waves >= 2
-    NK = ceil_div(max(H, inner), 128)
-    room, stages = HALF_SHARED_BYTES if two else SHARED_BYTES, MAX_STAGES
-    while chain_bytes(stages, rows, NK, scale_bytes) > room:
+    stages, NK = MAX_STAGES, ceil_div(max(H, inner), 128)
+    while chain_bytes(stages, rows, NK, scale_bytes) > SHARED_BYTES:
         stages -= 1
     assert stages > 1, f"rings of {rows} rows and scales of {NK} blocks of K fit no SM"
-    return Chain(stages, 2 * sms, 4) if two else Chain(stages, sms, 8)
+    return stages
 
 
 def _two_launches(

@@ -7,7 +7,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .hopper import (
     barrier,
     copy_to_shared,
-    fence_async_global,
     next_stage,
     quantize,
     reinterpret,
@@ -126,7 +125,7 @@ def copy_weights(w_desc, w_smem, bar, stage, expert, n, k, N, pred, GATED: gl.co
 
 
 @gluon.jit
-def _copy_pair(w_desc, w_smem, bar, stage, expert, n, k, N, pred, GATED: gl.constexpr):
+def copy_pair(w_desc, w_smem, bar, stage, expert, n, k, N, pred, GATED: gl.constexpr):
     if GATED:
         row = expert * N + n * 128
         second = row + N // 2
@@ -161,7 +160,7 @@ def copy_ordered(
             early = gl.minimum(NK, STAGES)
             for i in range(early):
                 mbarrier.expect(ready.index(i), nbytes)
-                _copy_pair(w_desc, w_smem, ready.index(i), i, expert, n, i, N, True, GATED)
+                copy_pair(w_desc, w_smem, ready.index(i), i, expert, n, i, N, True, GATED)
         wait_for_inputs()
         start_dependents()
     stage, phase, done = 0, 1, 0
@@ -178,7 +177,7 @@ def copy_ordered(
                 barrier()
             late = done >= early
             mbarrier.expect(bar, nbytes, pred=late)
-            _copy_pair(w_desc, w_smem, bar, stage, expert, n, k, N, late, GATED)
+            copy_pair(w_desc, w_smem, bar, stage, expert, n, k, N, late, GATED)
             copy_to_shared(a_desc, [row, k * 128], bar, a_smem.index(stage))
             copy_to_shared(as_desc, [k, scale_row], bar, as_smem.index(stage))
             done += 1
@@ -189,86 +188,3 @@ def copy_ordered(
             gl.store(counter, 0)  # every unit takes one, so this is the last
         unit = following
         following = taken + 2 * programs
-
-
-@gluon.jit
-def chain_unit(unit, units, gated_units, tiles, gated_n, down_n):
-    """Whether it is gated; its tile; that one's expert, first row, end, scales' first; columns."""
-    unit = gl.minimum(unit, gl.maximum(units - 1, 0))
-    gated = unit < gated_units
-    local = gl.where(gated, unit, unit - gated_units)
-    width = gl.where(gated, gated_n, down_n)
-    tile = local // width
-    entry = tiles + tile * TILE_FIELDS
-    expert = gl.load(entry)
-    row = gl.load(entry + 1)
-    end = gl.load(entry + 2)
-    scale_row = gl.load(entry + 5)
-    return gated, tile, expert, row, end, scale_row, local % width
-
-
-@gluon.jit
-def copy_chain(
-    w13_desc, w2_desc, a_desc, as_desc, h_desc, hs_desc, tiles, num_tiles, progress,
-    w_smem, a_smem, as_smem, next_smem, ready, empty, gated_n, down_n, H, gated_NK,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """The producer warp of expert_chain. It takes units as they come, two before they are due."""
-    nbytes: gl.constexpr = (
-        2 * w13_desc.block_type.nbytes + a_desc.block_type.nbytes + as_desc.block_type.nbytes
-    )
-    line: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    programs = gl.num_programs(0)
-    wait_for_inputs()
-    number = gl.load(num_tiles)
-    gated_units = number * gated_n
-    units = gated_units + number * down_n
-    unit = gl.program_id(0)
-    following = unit + programs
-    stage, phase = 0, 1
-    while unit < units:
-        gated, tile, expert, row, _, scale_row, n = chain_unit(
-            unit, units, gated_units, tiles, gated_n, down_n
-        )
-        steps = gl.where(gated, gated_NK, gated_n)
-        # Weights of the whole ring before the second product's inputs are waited for.
-        ahead = gl.where(gated, 0, gl.minimum(steps, STAGES))
-        begin, begin_phase = stage, phase
-        for k in range(ahead):
-            bar = ready.index(stage)
-            mbarrier.wait(empty.index(stage), phase)
-            if k == 0:
-                next_smem.index(stage).store(gl.full([1], following, gl.int32, line))
-                barrier()
-            mbarrier.expect(bar, nbytes)
-            _copy_pair(w2_desc, w_smem, bar, stage, expert, n, k, H, True, False)
-            stage, phase = next_stage(stage, phase, 1, STAGES)
-        if not gated:
-            flag = progress + 1 + tile
-            while gl.atomic_add(flag, 0, sem="acquire", scope="gpu") < gated_n:
-                pass
-            fence_async_global()
-        slot, slot_phase = begin, begin_phase
-        for k in range(steps):
-            bar = ready.index(slot)
-            if k >= ahead:
-                mbarrier.wait(empty.index(slot), slot_phase)
-                if k == 0:
-                    next_smem.index(slot).store(gl.full([1], following, gl.int32, line))
-                    barrier()
-                mbarrier.expect(bar, nbytes)
-                if gated:
-                    N = 2 * gated_n * 128
-                    _copy_pair(w13_desc, w_smem, bar, slot, expert, n, k, N, True, True)
-                else:
-                    _copy_pair(w2_desc, w_smem, bar, slot, expert, n, k, H, True, False)
-            if gated:
-                copy_to_shared(a_desc, [row, k * 128], bar, a_smem.index(slot))
-                copy_to_shared(as_desc, [k, scale_row], bar, as_smem.index(slot))
-            else:
-                copy_to_shared(h_desc, [row, k * 128], bar, a_smem.index(slot))
-                copy_to_shared(hs_desc, [k, scale_row], bar, as_smem.index(slot))
-            slot, slot_phase = next_stage(slot, slot_phase, 1, STAGES)
-        stage, phase = slot, slot_phase
-        unit = following
-        following = gl.atomic_add(progress, 1, sem="relaxed", scope="gpu") + 2 * programs

@@ -91,26 +91,41 @@ def store_tile(
     gl.store(out + target, value, mask=used & (columns < N))
 
 
+@gluon.constexpr_function
+def column_layout(BLOCK_N, WARPS):
+    """In which a thread stores 16 bytes of a row, of columns [BLOCK_N] by rows."""
+    return gl.BlockedLayout([8, 1], [8, 4], [BLOCK_N // 64, WARPS * 64 // BLOCK_N], [0, 1])
+
+
 @gluon.jit
 def store_columns(
     acc, c, out, order, slot_weights, expert, row, end, n, N,
     BLOCK_N: gl.constexpr, TOKENS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """acc [BLOCK_N, TOKENS] -> columns of out's rows row to end, or of their slots, weighted."""
-    layout: gl.constexpr = gl.BlockedLayout(
-        [8, 1], [8, 4], [BLOCK_N // 64, WARPS * 64 // BLOCK_N], [0, 1]
-    )
+    layout: gl.constexpr = column_layout(BLOCK_N, WARPS)
+    target = row + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
+    used = target < end
+    if order is not None:
+        target = gl.load(order + target, mask=used, other=0)
+    weight = None
+    if slot_weights is not None:
+        weight = gl.load(slot_weights + target, mask=used, other=0.0).to(gl.float32)
+    store_weighted(acc, c, out, weight, expert, target, used, n, N, BLOCK_N, WARPS)
+
+
+@gluon.jit
+def store_weighted(
+    acc, c, out, weight, expert, target, used, n, N, BLOCK_N: gl.constexpr, WARPS: gl.constexpr
+):
+    """acc [BLOCK_N, TOKENS] -> columns of out's rows `target` where `used`, times `weight`."""
+    layout: gl.constexpr = column_layout(BLOCK_N, WARPS)
     value = gl.convert_layout(acc, layout)
     column = n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
     if c is not None:
         factors = c + expert * ((N + 127) // 128) + column // 128
         value *= gl.expand_dims(gl.load(factors, mask=column < N, other=0.0), 1)
-    target = row + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
-    used = target < end
-    if order is not None:
-        target = gl.load(order + target, mask=used, other=0)
-    if slot_weights is not None:
-        weight = gl.load(slot_weights + target, mask=used, other=0.0).to(gl.float32)
+    if weight is not None:
         value *= gl.expand_dims(weight, 0)
     column = gl.expand_dims(column, 1)
     spots = out + gl.expand_dims(target.to(gl.int64), 0) * N + column

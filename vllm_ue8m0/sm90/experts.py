@@ -120,7 +120,7 @@ def experts(
     if config.chain is not None:
         expert_chain.launch(
             a, a_s, *first, *down_operands, slot_weights=weights, routing=routing,
-            rows=config.rows, config=config.chain, **quantization,
+            rows=config.rows, stages=config.chain, programs=sms, **quantization,
         )  # fmt: skip
         tall = routing.tall
     if tall is not None:
