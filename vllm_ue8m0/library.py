@@ -33,6 +33,8 @@ _SCHEMAS = {
     " ScalarType out_dtype) -> Tensor",
     "linear": "(Tensor x, Tensor w, Tensor sf, Tensor? c, Tensor? bias, int[] gran,"
     " str activation_scale) -> Tensor",
+    "norm_linear": "(Tensor x, Tensor norm_weight, float eps, Tensor? residual, bool normed,"
+    " Tensor w, Tensor sf, Tensor? c, Tensor? bias, int[] gran, str activation_scale) -> Tensor[]",
     "experts": "(Tensor(a!) out, Tensor x, Tensor w13, Tensor sf13, Tensor? c13, Tensor w2,"
     " Tensor sf2, Tensor? c2, Tensor topk_weights, Tensor topk_ids, int[] gran13, int[] gran2,"
     " str activation_scale, bool weight_on_input, Tensor? expert_map=None) -> ()",
@@ -100,6 +102,14 @@ def _fake_linear(x: torch.Tensor, w: torch.Tensor, *rest: Any) -> torch.Tensor:
     return x.new_empty((x.shape[0], w.shape[0]))
 
 
+def _fake_norm_linear(
+    x: torch.Tensor, norm_weight: torch.Tensor, eps: float, residual: torch.Tensor | None,
+    normed: bool, w: torch.Tensor, *rest: Any,
+) -> list[torch.Tensor]:  # fmt: skip
+    extra = (residual is not None) + normed
+    return [_fake_linear(x, w), *(x.new_empty(x.shape) for _ in range(extra))]
+
+
 def _fake_experts(out: torch.Tensor, *rest: Any, **more: Any) -> None:
     pass
 
@@ -113,14 +123,18 @@ _FAKES = {
     "weight_dequant": _fake_weight_dequant,
     "gemm": _fake_gemm,
     "linear": _fake_linear,
+    "norm_linear": _fake_norm_linear,
     "experts": _fake_experts,
     "batched_experts": _fake_experts,
 }
 
 
+_PART_OF = {"norm_linear": "linear"}  # operators of the same backend
+
+
 def _register(name: str) -> None:
     def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        operator = getattr(dispatch.choose(name, x.device.type).load(), name)
+        operator = getattr(dispatch.choose(_PART_OF.get(name, name), x.device.type).load(), name)
         if _SCHEMAS[name].startswith("(Tensor(a!) out"):
             operator(*args, **kwargs, out=x)
             return None

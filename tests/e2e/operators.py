@@ -6,7 +6,7 @@ too; a CUDA graph that is replayed does not.
 
 import torch
 
-NAMES = ("linear", "experts")
+NAMES = ("linear", "norm_linear", "experts")
 _calls: dict = {}
 _originals: dict = {}
 
@@ -18,24 +18,36 @@ def watch(model: torch.nn.Module) -> None:
     device = next(model.parameters()).device.type
     _calls.clear()
     for name in NAMES:
-        backend = dispatch.choose(name, device).load()
+        backend = dispatch.choose(name.removeprefix("norm_"), device).load()
         _originals[backend, name] = getattr(backend, name)
         setattr(backend, name, _recording(name, getattr(backend, name)))
 
 
 def _recording(name, operator):
     def record(x, *args, **kwargs):
-        given = x.clone()
-        kept = [a.clone() if name == "experts" and i in (6, 7) else a for i, a in enumerate(args)]
+        given, kept = x.clone(), args
+        if name == "experts":
+            kept = [a.clone() if i in (6, 7) else a for i, a in enumerate(args)]
+        if name == "norm_linear":  # of the norm, only how its result is quantized is compared
+            given, kept = _normed(x, *args[:3]), args[4:]
         result = operator(x, *args, **kwargs)
-        _calls.setdefault((name, args[0].data_ptr()), []).append((given, kept, result.clone()))
+        product = result[0] if name == "norm_linear" else result
+        call = name, given, list(kept), product.clone()
+        _calls.setdefault(kept[0].data_ptr(), []).append(call)
         return result
 
     return record
 
 
+def _normed(x, weight, eps, residual):
+    from vllm_ue8m0 import dispatch
+
+    norms = dispatch.choose("add_rms_norm", x.device.type).load()
+    return norms.add_rms_norm(x, weight, eps, residual)[0]
+
+
 def compare(model: torch.nn.Module) -> dict:
-    """{layer: [(rows, {"ue8m0": calc_diff, "fp32": calc_diff})]} of every layer of the method.
+    """{layer: [(operator, rows, {"ue8m0": calc_diff, "fp32": calc_diff})]}, the method's layers.
 
     To plain torch with activation scales of either kind; a layer without a call has no entry.
     """
@@ -46,10 +58,9 @@ def compare(model: torch.nn.Module) -> dict:
     for layer, module in model.named_modules():
         if not type(getattr(module, "quant_method", None)).__name__.startswith("Ue8m0"):
             continue
-        name = "experts" if hasattr(module, "w13_weight") else "linear"
-        weight = module.w13_weight if name == "experts" else module.weight
-        calls = _calls.get((name, weight.data_ptr()), [])
-        found[layer] = [(len(call[0]), _diffs(name, *call)) for call in calls]
+        weight = module.w13_weight if hasattr(module, "w13_weight") else module.weight
+        calls = _calls.get(weight.data_ptr(), [])
+        found[layer] = [(name, len(x), _diffs(name, x, *call)) for name, x, *call in calls]
     _calls.clear()
     return found
 
@@ -58,8 +69,8 @@ def _diffs(name, x, args, result):
     from vllm_ue8m0 import reference
     from vllm_ue8m0.agreement import calc_diff
 
-    operator, diffs = getattr(reference, name), {}
-    at = {"linear": 5, "experts": 10}[name]  # activation_scale, of what follows x
+    operator, diffs = reference.experts if name == "experts" else reference.linear, {}
+    at = 10 if name == "experts" else 5  # activation_scale, of what follows x
     for scale in ("ue8m0", "fp32"):
         args[at] = scale
         wanted = operator(x, *args)

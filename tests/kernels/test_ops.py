@@ -8,6 +8,7 @@ from checks import E4M3, assert_product, expert_operands, random_codes, random_s
 
 import vllm_ue8m0
 from vllm_ue8m0 import dispatch, ops
+from vllm_ue8m0.layouts import grid_shape
 
 U8, F32, BF16 = torch.uint8, torch.float32, torch.bfloat16
 GRAN = (128, 128)
@@ -159,6 +160,8 @@ def test_opcheck(backend, device):
         ("gemm", (q, s, w, sf, c, None, [128, 128], BF16)),
         ("linear", (x, w, sf, None, bias, [128, 128], "ue8m0")),
         ("linear", (x, w, sf, None, None, [128, 128], "none")),
+        ("norm_linear", (x, weight, 1e-6, x, True, w, sf, c, bias, [128, 128], "ue8m0")),
+        ("norm_linear", (x, weight, 1e-6, None, False, w, sf, None, None, [128, 128], "none")),
         ("experts", (torch.zeros_like(x), *experts, "ue8m0", False, places.view(-1).int())),
         (
             "batched_experts",
@@ -176,3 +179,22 @@ def test_opcheck(backend, device):
             getattr(op, name)(*args)
             assert (before.pop(0) != after.pop(0)).any()
         assert all(same_bits(x, y) for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("scale", ["ue8m0", "fp32", "none"])
+@pytest.mark.parametrize(("residual", "normed"), [(False, False), (True, False), (True, True)])
+def test_a_linear_layer_that_takes_its_norm(backend, device, scale, residual, normed):
+    """The same bits as a norm and a linear layer, in every regime of the products' rows."""
+    op, N, K = torch.ops.vllm_ue8m0, 144, 400
+    w, weight = random_codes(N, K, device=device), torch.rand(K, device=device).bfloat16()
+    for M, c_or_bias, gran in ((1, False, (128, 128)), (70, True, (64, 32)), (0, True, (128, 128))):
+        sf = random_scale(*grid_shape(N, K, gran), dtype=U8, device=device)
+        c = torch.rand(len(sf), device=device) if c_or_bias else None
+        bias = torch.randn(N, device=device).bfloat16() if c_or_bias else None
+        x, added = torch.randn(2, M, 2 * K, device=device).bfloat16()[..., :K]
+        added = added if residual else None
+        product = (w, sf, c, bias, list(gran), scale)
+        result, *total = op.add_rms_norm(x, weight, 1e-6, added)
+        wanted = [op.linear(result, *product), *total, *([result] if normed else [])]
+        found = op.norm_linear(x, weight, 1e-6, added, normed, *product)
+        assert len(found) == len(wanted) and all(map(same_bits, found, wanted)), (M, gran)

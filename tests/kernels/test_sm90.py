@@ -160,6 +160,22 @@ def test_linear_is_quantization_and_product(sm90, M, dtype, kind):
             assert same_bits(fused, unfused), config
 
 
+@pytest.mark.parametrize("M", [1, 8, 9, 33, 64, 65, 300])
+@pytest.mark.parametrize("kind", ["ue8m0", "fp32", "none"])
+def test_a_linear_layer_that_takes_its_norm(sm90, M, kind):
+    """The bits of a norm and a linear layer, whether the norm or the product quantizes."""
+    for (N, K), added in (((192, 1040), True), ((2112, 7168), False)):
+        _, _, w, sf = operands(1, N, K)
+        x, residual = torch.randn(2, M, 2 * K, device="cuda", dtype=BF16)[..., :K]
+        norm = torch.rand(K, device="cuda", dtype=BF16), 1e-6, residual if added else None
+        product = (w, sf, None, None, GRAN, kind)
+        normed, *total = portable.add_rms_norm(x, *norm)
+        wanted = [sm90.linear(normed, *product), *total, normed]
+        found = sm90.norm_linear(x, *norm, True, *product)
+        assert len(found) == len(wanted) and all(map(same_bits, found, wanted))
+        assert len(sm90.norm_linear(x, *norm, False, *product)) == len(wanted) - 1
+
+
 def test_fused_quantization_of_special_values():
     """Every bf16 amax, Inf and NaN: the codes and scales of act_quant."""
     patterns = torch.arange(2**16, device="cuda").to(torch.int32).to(torch.int16).view(BF16)

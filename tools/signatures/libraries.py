@@ -86,6 +86,8 @@ VLLM = Library(
     ("vllm_ue8m0", "examples"),
     {
         "vllm_ue8m0/plugin/compat.py": {
+            "config": Object("vllm.config.VllmConfig"),
+            "config.compilation_config": Object("vllm.config.CompilationConfig"),
             "current_platform": Object("vllm.platforms.Platform"),
             "layer": _EXPERTS_LAYER,
         },
@@ -153,7 +155,8 @@ TRITON = Library(
                 ("decode_gemm", "w_smem a_smem as_smem ws_smem ws_each ready"),
                 ("prefill_gemm", "w_smem a_smem as_smem out_smem ready empty"),
                 ("expert_load", "w_smem a_smem as_smem next_smem codes scales ready empty"),
-                ("expert_chain", "w_smem a_smem as_smem ws_smem ws_each next_smem ready empty"),
+                ("expert_chain", "w_smem a_smem as_smem ws_smem ws_each ready empty"),
+                ("expert_chain_load", "a_smem as_smem next_smem ready empty"),
                 ("expert_decode", "w_smem a_smem as_smem ws_smem ws_each scales ready empty"),
                 ("expert_prefill", "w_smem a_smem as_smem next_smem scales ready empty"),
             )

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 TESTED = ((0, 26), (0, 33))
+GRAPH_PASS = "post_grad_custom_post_pass"  # Inductor's option
 
 # By module; read by tools/signatures, which looks for them in every release.
 _LAZY = {
@@ -51,6 +52,7 @@ _LAZY = {
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 __all__ = [
     "QuantizationConfig",
+    "add_graph_pass",
     "current_config",
     "deep_gemm_conditions",
     "dispatches_inside_experts",
@@ -59,6 +61,7 @@ __all__ = [
     "knows_method",
     "make_prepare_finalize",
     "most_rows",
+    "norm_provider",
     "platform",
     "prefer_norm",
     "register_norm",
@@ -189,6 +192,29 @@ def prefer_norm(op: str, provider: str) -> None:
     if getattr(order, op) == default:
         setattr(order, op, [provider, *default])
         getattr(ir.ops, op).set_default([provider, *default])
+
+
+def norm_provider(target: Any, arguments: tuple[Any, ...]) -> tuple[str, str] | None:
+    """Which of vLLM's norms a function of its graph is and who would run it, or None."""
+    from vllm import ir
+
+    for op in ("rms_norm", "fused_add_rms_norm"):
+        if target is getattr(ir.ops, op).torch_op:
+            return op, getattr(ir.ops, op).dispatch(*arguments).provider
+    return None
+
+
+def add_graph_pass(run: Callable[[Any], None], source: str) -> bool:
+    """Have the model that is being built compiled with this pass over its graphs, after vLLM's own.
+
+    False if another is there, which stays. `source` is in vLLM's key of compiled graphs.
+    """
+    from vllm.compilation.passes.inductor_pass import CallableInductorPass, InductorPass
+
+    config = current_config()
+    passes = config.compilation_config.inductor_compile_config
+    ours = CallableInductorPass(run, InductorPass.hash_source(source))
+    return getattr(passes.setdefault(GRAPH_PASS, ours), "callable", None) is run
 
 
 def knows_method(name: str) -> bool:

@@ -14,7 +14,7 @@ import torch
 from .. import warmup
 from ..checkpoint.check import check_local_checkpoint
 from ..formats import ConfigError, QuantSpec, check_model_type
-from . import compat, norms
+from . import compat, fusion, norms
 from .weights import LoadReport
 
 NAME = "ue8m0"
@@ -124,8 +124,10 @@ class Ue8m0Config(compat.QuantizationConfig):  # type: ignore[misc]
             return
         self._options_read = True
         config = compat.current_config()
-        if config is not None and compat.platform() == "cuda":
-            norms.prefer()
+        if config is not None:
+            if compat.platform() == "cuda":
+                norms.prefer()
+            fusion.install()
         additional = getattr(config, "additional_config", None)
         if not isinstance(additional, dict):
             return

@@ -6,7 +6,7 @@ launch. Nothing here waits for the device, so that everything can be captured in
 """
 
 from .plans import experts_plan, linear_plan
-from .products import batched_experts, describe, experts, gemm, linear
+from .products import batched_experts, describe, experts, gemm, linear, norm_linear
 from .quant import (
     act_quant,
     add_rms_norm,
@@ -29,6 +29,7 @@ __all__ = [
     "gemm",
     "linear",
     "linear_plan",
+    "norm_linear",
     "rms_norm_quant",
     "silu_mul_quant",
     "weight_dequant",

@@ -15,7 +15,15 @@ from ..kernels import gemm as gemm_kernel
 from ..kernels import grouped_gemm as grouped_gemm_kernel
 from ..kernels.config import one_warp_products
 from ..layouts import ceil_div, local_experts
-from .quant import act_quant, kernel_scale, silu_mul, silu_mul_quant, unit_stride
+from .quant import (
+    act_quant,
+    add_rms_norm,
+    kernel_scale,
+    rms_norm_quant,
+    silu_mul,
+    silu_mul_quant,
+    unit_stride,
+)
 
 # Rows that the batched product is tiled for, unless an expert has room for fewer: the host does not
 # know the counts, and in decoding, which the format is for, few of the rows are used.
@@ -59,6 +67,32 @@ def linear(
     """Quantize x [M, K] as activation_scale says, times w^T -> [M, N] in x's dtype."""
     a, a_s = _quantize(x, gran[1], activation_scale)
     return gemm(a, a_s, w, sf, c, bias, gran, x.dtype, block_scaled=block_scaled)
+
+
+def norm_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None,
+    normed: bool,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: Sequence[int],
+    activation_scale: str,
+    *,
+    block_scaled: bool = False,
+) -> list[torch.Tensor]:
+    """linear of a norm; see reference.norm_linear."""
+    if activation_scale == "none":
+        result, *rest = add_rms_norm(x, norm_weight, eps, residual)
+        a, a_s, rest = result, None, [*rest, *([result] if normed else [])]
+    else:
+        ue8m0 = activation_scale == "ue8m0"
+        a, a_s, *rest = rms_norm_quant(x, norm_weight, eps, residual, gran[1], ue8m0, normed=normed)
+    out = gemm(a, a_s, w, sf, c, bias, gran, x.dtype, block_scaled=block_scaled)
+    return [out, *rest]
 
 
 def describe(op: str, M: int, N: int, K: int, *, block_scaled: bool = False) -> str:

@@ -8,7 +8,7 @@ gran = (gn, gk) is the granularity of a weight's scale grid, 128x128 unless a sh
 activation groups are 1 x gk. The last group or block may be partial.
 """
 
-from .products import batched_experts, experts, gemm, linear, matmul
+from .products import batched_experts, experts, gemm, linear, matmul, norm_linear
 from .quant import (
     act_quant,
     add_rms_norm,
@@ -36,6 +36,7 @@ __all__ = [
     "gemm",
     "linear",
     "matmul",
+    "norm_linear",
     "rms_norm",
     "rms_norm_quant",
     "silu_mul",

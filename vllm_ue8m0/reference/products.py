@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..layouts import ceil_div, local_experts
-from .quant import dequantize, dequantize_activations, fake_quant, silu_mul
+from .quant import add_rms_norm, dequantize, dequantize_activations, fake_quant, silu_mul
 
 # Rows of a weight dequantized at a time: bounds the float32 copy to 64 MiB.
 _CHUNK_ELEMENTS = 1 << 24
@@ -64,6 +64,29 @@ def linear(
     """Quantize x [M, K] as activation_scale says, times w^T -> [M, N] in x's dtype."""
     a = fake_quant(x, gran[1], activation_scale)
     return matmul(a, w, sf, gran, c, bias).to(x.dtype)
+
+
+def norm_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None,
+    normed: bool,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: tuple[int, int],
+    activation_scale: str,
+) -> list[torch.Tensor]:
+    """linear of add_rms_norm of x [M, K] -> [[M, N], ...].
+
+    The sum with the residual is the next result, if there is a residual; the norm's result is the
+    last one if `normed`. As rms_norm_quant.
+    """
+    result, *total = add_rms_norm(x, norm_weight, eps, residual)
+    out = linear(result, w, sf, c, bias, gran, activation_scale)
+    return [out, *total, *([result] if normed else [])]
 
 
 def experts(

@@ -14,6 +14,7 @@ from .products import (
     gemm,
     linear,
     linear_plan,
+    norm_linear,
     refusal,
 )
 
@@ -26,5 +27,6 @@ __all__ = [
     "gemm",
     "linear",
     "linear_plan",
+    "norm_linear",
     "refusal",
 ]

@@ -42,6 +42,27 @@ def linear(
     return portable.linear(x, w, sf, c, bias, gran, activation_scale, block_scaled=scaled)
 
 
+def norm_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None,
+    normed: bool,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: Sequence[int],
+    activation_scale: str,
+) -> list[torch.Tensor]:
+    """linear of a norm; see reference.norm_linear."""
+    scaled = refusal(x, w, sf, gran, activation_scale) is None
+    return portable.norm_linear(
+        x, norm_weight, eps, residual, normed, w, sf, c, bias, gran, activation_scale,
+        block_scaled=scaled,
+    )  # fmt: skip
+
+
 def linear_plan(
     x: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, gran: Sequence[int], activation_scale: str
 ) -> Callable[[int], Hashable]:

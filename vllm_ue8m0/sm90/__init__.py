@@ -6,7 +6,15 @@ The operators it has take what `reference` and `portable` take; what its kernels
 
 from .experts import batched_experts, experts, experts_plan
 from .experts import refusal as experts_refusal
-from .products import GEMM_SCALE_LAYOUT, describe, gemm, linear, linear_plan, refusal
+from .products import (
+    GEMM_SCALE_LAYOUT,
+    describe,
+    gemm,
+    linear,
+    linear_plan,
+    norm_linear,
+    refusal,
+)
 
 __all__ = [
     "GEMM_SCALE_LAYOUT",
@@ -18,5 +26,6 @@ __all__ = [
     "gemm",
     "linear",
     "linear_plan",
+    "norm_linear",
     "refusal",
 ]

@@ -80,6 +80,39 @@ def linear(
     return out
 
 
+def norm_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None,
+    normed: bool,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: Sequence[int],
+    activation_scale: str,
+) -> list[torch.Tensor]:
+    """linear of a norm, which quantizes unless the product does; see reference.norm_linear."""
+    if refusal(x, w, sf, gran, activation_scale) is not None:
+        return portable.norm_linear(
+            x, norm_weight, eps, residual, normed, w, sf, c, bias, gran, activation_scale
+        )
+    out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
+    ue8m0, config = activation_scale == "ue8m0", _config(x, w, linear=True)
+    norm, a_s = (x, norm_weight, eps, residual), None
+    if isinstance(config, DecodeConfig) and config.fused:
+        a, *rest = portable.add_rms_norm(*norm)
+        rest += [a] if normed else []
+    else:
+        a, a_s, *rest = portable.rms_norm_quant(
+            *norm, BLOCK, ue8m0, layout=GEMM_SCALE_LAYOUT, normed=normed
+        )
+    if out.numel():
+        _launch(a, a_s, w, sf, c, bias, out, config, ue8m0)
+    return [out, *rest]
+
+
 def linear_plan(
     x: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, gran: Sequence[int], activation_scale: str
 ) -> Callable[[int], Hashable]:
