@@ -35,6 +35,8 @@ _SCHEMAS = {
     " str activation_scale) -> Tensor",
     "norm_linear": "(Tensor x, Tensor norm_weight, float eps, Tensor? residual, bool normed,"
     " Tensor w, Tensor sf, Tensor? c, Tensor? bias, int[] gran, str activation_scale) -> Tensor[]",
+    "silu_mul_linear": "(Tensor gate_up, Tensor w, Tensor sf, Tensor? c, Tensor? bias, int[] gran,"
+    " str activation_scale) -> Tensor",
     "experts": "(Tensor(a!) out, Tensor x, Tensor w13, Tensor sf13, Tensor? c13, Tensor w2,"
     " Tensor sf2, Tensor? c2, Tensor topk_weights, Tensor topk_ids, int[] gran13, int[] gran2,"
     " str activation_scale, bool weight_on_input, Tensor? expert_map=None) -> ()",
@@ -124,12 +126,14 @@ _FAKES = {
     "gemm": _fake_gemm,
     "linear": _fake_linear,
     "norm_linear": _fake_norm_linear,
+    "silu_mul_linear": _fake_linear,
     "experts": _fake_experts,
     "batched_experts": _fake_experts,
 }
 
 
-_PART_OF = {"norm_linear": "linear"}  # operators of the same backend
+# Operators of the same backend.
+_PART_OF = {"norm_linear": "linear", "silu_mul_linear": "linear"}
 
 
 def _register(name: str) -> None:

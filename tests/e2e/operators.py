@@ -6,7 +6,7 @@ too; a CUDA graph that is replayed does not.
 
 import torch
 
-NAMES = ("linear", "norm_linear", "experts")
+NAMES = ("linear", "norm_linear", "silu_mul_linear", "experts")
 _calls: dict = {}
 _originals: dict = {}
 
@@ -18,7 +18,7 @@ def watch(model: torch.nn.Module) -> None:
     device = next(model.parameters()).device.type
     _calls.clear()
     for name in NAMES:
-        backend = dispatch.choose(name.removeprefix("norm_"), device).load()
+        backend = dispatch.choose("experts" if name == "experts" else "linear", device).load()
         _originals[backend, name] = getattr(backend, name)
         setattr(backend, name, _recording(name, getattr(backend, name)))
 
@@ -28,8 +28,11 @@ def _recording(name, operator):
         given, kept = x.clone(), args
         if name == "experts":
             kept = [a.clone() if i in (6, 7) else a for i, a in enumerate(args)]
-        if name == "norm_linear":  # of the norm, only how its result is quantized is compared
+        # Of what is before a layer, only how its result is quantized is compared.
+        if name == "norm_linear":
             given, kept = _normed(x, *args[:3]), args[4:]
+        elif name == "silu_mul_linear":
+            given = _activated(x)
         result = operator(x, *args, **kwargs)
         product = result[0] if name == "norm_linear" else result
         call = name, given, list(kept), product.clone()
@@ -44,6 +47,14 @@ def _normed(x, weight, eps, residual):
 
     norms = dispatch.choose("add_rms_norm", x.device.type).load()
     return norms.add_rms_norm(x, weight, eps, residual)[0]
+
+
+def _activated(gate_up):
+    if gate_up.device.type == "cpu":
+        from vllm_ue8m0.reference import silu_mul
+    else:
+        from vllm_ue8m0.portable.quant import silu_mul
+    return silu_mul(gate_up)
 
 
 def compare(model: torch.nn.Module) -> dict:

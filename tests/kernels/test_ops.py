@@ -7,7 +7,7 @@ import torch
 from checks import E4M3, assert_product, expert_operands, random_codes, random_scale, same_bits
 
 import vllm_ue8m0
-from vllm_ue8m0 import dispatch, ops
+from vllm_ue8m0 import dispatch, ops, portable, reference
 from vllm_ue8m0.layouts import grid_shape
 
 U8, F32, BF16 = torch.uint8, torch.float32, torch.bfloat16
@@ -162,6 +162,7 @@ def test_opcheck(backend, device):
         ("linear", (x, w, sf, None, None, [128, 128], "none")),
         ("norm_linear", (x, weight, 1e-6, x, True, w, sf, c, bias, [128, 128], "ue8m0")),
         ("norm_linear", (x, weight, 1e-6, None, False, w, sf, None, None, [128, 128], "none")),
+        ("silu_mul_linear", (torch.cat([x, x], 1), w, sf, c, bias, [128, 128], "ue8m0")),
         ("experts", (torch.zeros_like(x), *experts, "ue8m0", False, places.view(-1).int())),
         (
             "batched_experts",
@@ -181,20 +182,37 @@ def test_opcheck(backend, device):
         assert all(same_bits(x, y) for x, y in zip(before, after, strict=True))
 
 
+def layers(device, N=144, K=400):
+    """Rows, and the operands of a linear layer behind x."""
+    for M, more, gran in ((1, False, (128, 128)), (70, True, (64, 32)), (0, True, (128, 128))):
+        w = random_codes(N, K, device=device)
+        sf = random_scale(*grid_shape(N, K, gran), dtype=U8, device=device)
+        c = torch.rand(len(sf), device=device) if more else None
+        bias = torch.randn(N, device=device).bfloat16() if more else None
+        yield M, (w, sf, c, bias, list(gran))
+
+
 @pytest.mark.parametrize("scale", ["ue8m0", "fp32", "none"])
 @pytest.mark.parametrize(("residual", "normed"), [(False, False), (True, False), (True, True)])
 def test_a_linear_layer_that_takes_its_norm(backend, device, scale, residual, normed):
-    """The same bits as a norm and a linear layer, in every regime of the products' rows."""
-    op, N, K = torch.ops.vllm_ue8m0, 144, 400
-    w, weight = random_codes(N, K, device=device), torch.rand(K, device=device).bfloat16()
-    for M, c_or_bias, gran in ((1, False, (128, 128)), (70, True, (64, 32)), (0, True, (128, 128))):
-        sf = random_scale(*grid_shape(N, K, gran), dtype=U8, device=device)
-        c = torch.rand(len(sf), device=device) if c_or_bias else None
-        bias = torch.randn(N, device=device).bfloat16() if c_or_bias else None
+    """The bits of a norm and a linear layer."""
+    op, K = torch.ops.vllm_ue8m0, 400
+    weight = torch.rand(K, device=device).bfloat16()
+    for M, layer in layers(device, K=K):
         x, added = torch.randn(2, M, 2 * K, device=device).bfloat16()[..., :K]
-        added = added if residual else None
-        product = (w, sf, c, bias, list(gran), scale)
-        result, *total = op.add_rms_norm(x, weight, 1e-6, added)
-        wanted = [op.linear(result, *product), *total, *([result] if normed else [])]
-        found = op.norm_linear(x, weight, 1e-6, added, normed, *product)
-        assert len(found) == len(wanted) and all(map(same_bits, found, wanted)), (M, gran)
+        norm = weight, 1e-6, added if residual else None
+        result, *total = op.add_rms_norm(x, *norm)
+        wanted = [op.linear(result, *layer, scale), *total, *([result] if normed else [])]
+        found = op.norm_linear(x, *norm, normed, *layer, scale)
+        assert len(found) == len(wanted) and all(map(same_bits, found, wanted)), M
+
+
+@pytest.mark.parametrize("scale", ["ue8m0", "fp32", "none"])
+def test_a_linear_layer_that_takes_its_activation(backend, device, scale):
+    """The bits of the backend's silu(gate) * up, rounded twice, and a linear layer."""
+    silu_mul = reference.silu_mul if backend == "reference" else portable.quant.silu_mul
+    op, K = torch.ops.vllm_ue8m0, 400
+    for M, layer in layers(device, K=K):
+        gate_up = torch.randn(M, 3 * K, device=device).bfloat16()[:, : 2 * K]
+        wanted = op.linear(silu_mul(gate_up), *layer, scale)
+        assert same_bits(op.silu_mul_linear(gate_up, *layer, scale), wanted), M

@@ -176,6 +176,17 @@ def test_a_linear_layer_that_takes_its_norm(sm90, M, kind):
         assert len(sm90.norm_linear(x, *norm, False, *product)) == len(wanted) - 1
 
 
+@pytest.mark.parametrize("M", [1, 9, 64, 300])
+@pytest.mark.parametrize("kind", ["ue8m0", "fp32", "none"])
+def test_a_linear_layer_that_takes_its_activation(sm90, M, kind):
+    for N, K in ((192, 1040), (7168, 2048)):
+        _, _, w, sf = operands(1, N, K)
+        gate_up = torch.randn(M, 2 * K, device="cuda", dtype=BF16)
+        product = (w, sf, None, None, GRAN, kind)
+        wanted = sm90.linear(portable.quant.silu_mul(gate_up), *product)
+        assert same_bits(sm90.silu_mul_linear(gate_up, *product), wanted)
+
+
 def test_fused_quantization_of_special_values():
     """Every bf16 amax, Inf and NaN: the codes and scales of act_quant."""
     patterns = torch.arange(2**16, device="cuda").to(torch.int32).to(torch.int16).view(BF16)

@@ -1,10 +1,11 @@
-"""A norm and the linear layer behind it as one operator, in the graph that vLLM compiles.
+"""What is before a linear layer and the layer as one operator, in the graph that vLLM compiles.
 
-Where the product does not quantize its input itself, the norm then does: a launch and a pass over
-the activations less. vLLM's own pass for this has scales that are no powers of two, and finds
-nothing here, since a linear layer is one operator.
+A norm, or silu(gate) * up, then quantizes where the product does not do it itself: a launch and a
+pass over the activations less. vLLM's own passes for this have scales that are no powers of two,
+and find nothing here, since a linear layer is one operator.
 
 Only norms that would run on this project's kernel (norms.py) are taken, so that no bit changes.
+silu(gate) * up is rounded as without a graph, which what Inductor generates for it is not.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from .. import reference
 from ..library import OPS
 from . import compat
 from .norms import NAME
 
 logger = compat.init_logger(f"vllm.{__name__}")
 Node = Any  # of torch.fx, whose arguments are of all types that there are
+SPLITS = (torch.ops.aten.split.Tensor, torch.ops.aten.split_with_sizes.default)
+COLUMNS = (torch.ops.aten.slice.Tensor, *SPLITS)
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
 
@@ -30,15 +35,15 @@ def install() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     if not compat.add_graph_pass(fuse, source):
         logger.info(
-            "ue8m0: norms stay apart from linear layers, for the %s given", compat.GRAPH_PASS
+            "ue8m0: nothing is fused with linear layers, for the %s given", compat.GRAPH_PASS
         )
 
 
 def fuse(graph: fx.Graph) -> None:
-    """Take every norm that a linear layer reads into it, before vLLM lowers its norms."""
+    """Take what linear layers read into them, before vLLM lowers its norms."""
     products = [node for node in graph.nodes if node.target is OPS.linear.default]
-    count = sum(_fuse(graph, product) for product in products)
-    logger.debug("ue8m0: %d of %d linear layers take their norm", count, len(products))
+    count = sum(_take_norm(graph, node) or _take_silu_mul(graph, node) for node in products)
+    logger.debug("ue8m0: %d of %d linear layers take what is before them", count, len(products))
 
 
 class _Norm(NamedTuple):
@@ -52,11 +57,8 @@ class _Norm(NamedTuple):
     sums: list[Node]
 
 
-def _fuse(graph: fx.Graph, product: Node) -> bool:
-    given, views = product.args[0], []
-    while given.target in VIEWS and _shape(given) == _shape(given.args[0]):
-        views.append(given)
-        given = given.args[0]
+def _take_norm(graph: fx.Graph, product: Node) -> bool:
+    given, views = _input(product)
     norm, operands = _norm_of(given), product.args[1:]
     if norm is None or not all(map(_is_there, operands)):
         return False
@@ -78,6 +80,67 @@ def _fuse(graph: fx.Graph, product: Node) -> bool:
     for node in dict.fromkeys((given, norm.node)):
         graph.erase_node(node)
     return True
+
+
+def _take_silu_mul(graph: fx.Graph, product: Node) -> bool:
+    given, views = _input(product)
+    if any(len(node.users) > 1 for node in (given, *views)):
+        return False
+    gate_up = _gate_up_of(graph, given)
+    if gate_up is None:
+        return False
+    with graph.inserting_before(product):
+        call = _call(graph, OPS.silu_mul_linear.default, (gate_up, *product.args[1:]))
+    product.replace_all_uses_with(call)
+    graph.erase_node(product)  # the rest goes with what nothing reads, after all passes
+    return True
+
+
+def _input(product: Node) -> tuple[Node, list[Node]]:
+    """What a linear layer reads, and views of it between, which change nothing."""
+    given, views = product.args[0], []
+    while given.target in VIEWS and _shape(given) == _shape(given.args[0]):
+        views.append(given)
+        given = given.args[0]
+    return given, views
+
+
+def _gate_up_of(graph: fx.Graph, given: Node) -> Node:
+    """The [M, 2 K] that a node [M, K] is silu_mul of, or None.
+
+    Known by what it computes: torch's releases write it in different functions.
+    """
+    nodes, leaves, todo = set(), set(), [given]
+    while todo:
+        node = todo.pop()
+        if _is_elementwise(node):
+            nodes.add(node)
+            todo += [before for before in node.all_input_nodes if before not in nodes]
+        else:
+            leaves.add(node)
+    gate_up = leaves.pop() if len(leaves) == 1 else None
+    value = None if gate_up is None else _value(gate_up)
+    if not isinstance(value, torch.Tensor) or value.shape[1:] != (2 * _shape(given)[-1],):
+        return None
+    if not isinstance(value.shape[1], int):
+        return None  # a number that is not known yet
+    with unset_fake_temporarily():
+        draw = torch.Generator().manual_seed(0)
+        values = {gate_up: 4 * torch.randn(2, value.shape[1], generator=draw).to(value.dtype)}
+        for node in (node for node in graph.nodes if node in nodes):
+            arguments, options = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*arguments, **options)
+        wanted, found = reference.silu_mul(values[gate_up]), values[given]
+        alike = wanted.shape == found.shape and wanted.dtype == found.dtype
+        return gate_up if alike and torch.allclose(wanted, found, 0.02, 0.001) else None
+
+
+def _is_elementwise(node: Node) -> bool:
+    """Of constants and other nodes' values, or some columns of one."""
+    if node.target is operator.getitem:
+        return node.args[0].target in SPLITS
+    cast = node.target is torch.ops.prims.convert_element_type.default
+    return cast or node.target in COLUMNS or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def _norm_of(given: Node) -> _Norm | None:

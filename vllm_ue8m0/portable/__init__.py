@@ -6,7 +6,15 @@ launch. Nothing here waits for the device, so that everything can be captured in
 """
 
 from .plans import experts_plan, linear_plan
-from .products import batched_experts, describe, experts, gemm, linear, norm_linear
+from .products import (
+    batched_experts,
+    describe,
+    experts,
+    gemm,
+    linear,
+    norm_linear,
+    silu_mul_linear,
+)
 from .quant import (
     act_quant,
     add_rms_norm,
@@ -31,6 +39,7 @@ __all__ = [
     "linear_plan",
     "norm_linear",
     "rms_norm_quant",
+    "silu_mul_linear",
     "silu_mul_quant",
     "weight_dequant",
     "weight_quant",

@@ -95,6 +95,25 @@ def norm_linear(
     return [out, *rest]
 
 
+def silu_mul_linear(
+    gate_up: torch.Tensor,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: Sequence[int],
+    activation_scale: str,
+    *,
+    block_scaled: bool = False,
+) -> torch.Tensor:
+    """linear of silu_mul, which quantizes; see reference.silu_mul_linear."""
+    if activation_scale == "none":
+        a, a_s = silu_mul(gate_up), None
+    else:
+        a, a_s = silu_mul_quant(gate_up, gran[1], activation_scale == "ue8m0")
+    return gemm(a, a_s, w, sf, c, bias, gran, gate_up.dtype, block_scaled=block_scaled)
+
+
 def describe(op: str, M: int, N: int, K: int, *, block_scaled: bool = False) -> str:
     """How the product of quantized [M, K] and [N, K] is launched, in "gemm" or "linear"."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,7 +8,15 @@ gran = (gn, gk) is the granularity of a weight's scale grid, 128x128 unless a sh
 activation groups are 1 x gk. The last group or block may be partial.
 """
 
-from .products import batched_experts, experts, gemm, linear, matmul, norm_linear
+from .products import (
+    batched_experts,
+    experts,
+    gemm,
+    linear,
+    matmul,
+    norm_linear,
+    silu_mul_linear,
+)
 from .quant import (
     act_quant,
     add_rms_norm,
@@ -40,6 +48,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_quant",
     "silu_mul",
+    "silu_mul_linear",
     "silu_mul_quant",
     "weight_dequant",
     "weight_quant",

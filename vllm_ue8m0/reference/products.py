@@ -89,6 +89,19 @@ def norm_linear(
     return [out, *total, *([result] if normed else [])]
 
 
+def silu_mul_linear(
+    gate_up: torch.Tensor,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: tuple[int, int],
+    activation_scale: str,
+) -> torch.Tensor:
+    """linear of silu_mul of gate_up [M, 2 K]."""
+    return linear(silu_mul(gate_up), w, sf, c, bias, gran, activation_scale)
+
+
 def experts(
     x: torch.Tensor,
     w13: torch.Tensor,

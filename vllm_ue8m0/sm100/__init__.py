@@ -16,6 +16,7 @@ from .products import (
     linear_plan,
     norm_linear,
     refusal,
+    silu_mul_linear,
 )
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "linear_plan",
     "norm_linear",
     "refusal",
+    "silu_mul_linear",
 ]

@@ -63,6 +63,22 @@ def norm_linear(
     )  # fmt: skip
 
 
+def silu_mul_linear(
+    gate_up: torch.Tensor,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: Sequence[int],
+    activation_scale: str,
+) -> torch.Tensor:
+    """linear of silu_mul, which quantizes; see reference.silu_mul_linear."""
+    scaled = refusal(gate_up, w, sf, gran, activation_scale) is None
+    return portable.silu_mul_linear(
+        gate_up, w, sf, c, bias, gran, activation_scale, block_scaled=scaled
+    )
+
+
 def linear_plan(
     x: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, gran: Sequence[int], activation_scale: str
 ) -> Callable[[int], Hashable]:

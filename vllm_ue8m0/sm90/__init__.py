@@ -14,6 +14,7 @@ from .products import (
     linear_plan,
     norm_linear,
     refusal,
+    silu_mul_linear,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "linear_plan",
     "norm_linear",
     "refusal",
+    "silu_mul_linear",
 ]

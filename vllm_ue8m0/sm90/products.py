@@ -27,7 +27,7 @@ from ..kernels.hopper_config import (
     prefill_config,
 )
 from ..layouts import ceil_div, to_layout
-from ..portable.quant import kernel_scale, unit_stride
+from ..portable.quant import kernel_scale, silu_mul, unit_stride
 from .counters import counters
 
 E4M3 = torch.float8_e4m3fn
@@ -111,6 +111,30 @@ def norm_linear(
     if out.numel():
         _launch(a, a_s, w, sf, c, bias, out, config, ue8m0)
     return [out, *rest]
+
+
+def silu_mul_linear(
+    gate_up: torch.Tensor,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: Sequence[int],
+    activation_scale: str,
+) -> torch.Tensor:
+    """linear of silu_mul, which quantizes unless the product does."""
+    if refusal(gate_up, w, sf, gran, activation_scale) is not None:
+        return portable.silu_mul_linear(gate_up, w, sf, c, bias, gran, activation_scale)
+    out = torch.empty(gate_up.shape[0], w.shape[0], dtype=gate_up.dtype, device=gate_up.device)
+    if not out.numel():
+        return out
+    ue8m0, config = activation_scale == "ue8m0", _config(gate_up, w, linear=True)
+    if isinstance(config, DecodeConfig) and config.fused:
+        a, a_s = silu_mul(gate_up), None
+    else:
+        a, a_s = portable.silu_mul_quant(gate_up, BLOCK, ue8m0, layout=GEMM_SCALE_LAYOUT)
+    _launch(a, a_s, w, sf, c, bias, out, config, ue8m0)
+    return out
 
 
 def linear_plan(
