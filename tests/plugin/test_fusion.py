@@ -53,6 +53,7 @@ def fused(function, arguments, into=OPS.norm_linear.default):
     def compile(graph, _):
         before = sum(node.target is OPS.linear.default for node in graph.graph.nodes)
         fusion.fuse(graph.graph)
+        graph.graph.eliminate_dead_code()  # as vLLM does after all passes
         graph.graph.lint()
         graph.recompile()
         targets = [node.target for node in graph.graph.nodes]

@@ -68,17 +68,11 @@ def _take_norm(graph: fx.Graph, product: Node) -> bool:
         call = _call(graph, OPS.norm_linear.default, arguments)
         results = [_call(graph, operator.getitem, (call, i)) for i in range(len(call.meta["val"]))]
     product.replace_all_uses_with(results[0])
-    graph.erase_node(product)
-    if norm.residual is not None:
-        for node in [user for user in norm.node.users if user.args[1] == 1]:
-            node.replace_all_uses_with(results[1])
-            graph.erase_node(node)
-    for node in views:
-        if not node.users:
-            graph.erase_node(node)
-    given.replace_all_uses_with(results[-1])
-    for node in dict.fromkeys((given, norm.node)):
-        graph.erase_node(node)
+    for total in norm.sums:
+        total.replace_all_uses_with(results[1])
+    if normed:
+        given.replace_all_uses_with(results[-1])
+    # What nothing reads any more goes after all passes.
     return True
 
 
@@ -92,7 +86,6 @@ def _take_silu_mul(graph: fx.Graph, product: Node) -> bool:
     with graph.inserting_before(product):
         call = _call(graph, OPS.silu_mul_linear.default, (gate_up, *product.args[1:]))
     product.replace_all_uses_with(call)
-    graph.erase_node(product)  # the rest goes with what nothing reads, after all passes
     return True
 
 
@@ -118,15 +111,15 @@ def _gate_up_of(graph: fx.Graph, given: Node) -> Node:
             todo += [before for before in node.all_input_nodes if before not in nodes]
         else:
             leaves.add(node)
-    gate_up = leaves.pop() if len(leaves) == 1 else None
+    gate_up, columns = leaves.pop() if len(leaves) == 1 else None, _shape(given)[-1]
     value = None if gate_up is None else _value(gate_up)
-    if not isinstance(value, torch.Tensor) or value.shape[1:] != (2 * _shape(given)[-1],):
+    if not isinstance(value, torch.Tensor) or not isinstance(columns, int):
         return None
-    if not isinstance(value.shape[1], int):
-        return None  # a number that is not known yet
+    if value.shape[1:] != (2 * columns,):
+        return None
     with unset_fake_temporarily():
         draw = torch.Generator().manual_seed(0)
-        values = {gate_up: 4 * torch.randn(2, value.shape[1], generator=draw).to(value.dtype)}
+        values = {gate_up: 4 * torch.randn(2, 2 * columns, generator=draw).to(value.dtype)}
         for node in (node for node in graph.nodes if node in nodes):
             arguments, options = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*arguments, **options)
