@@ -144,12 +144,14 @@ class Load:
         body = {"model": self.model, "prompt": prompt, "ignore_eos": True, "stream": True}
         body["max_tokens"] = self.limit - len(prompt)
         if self.random.random() < 0.3:
-            body["stream"] = False
+            body["stream"], begun = False, time.monotonic()
             try:
                 await asyncio.wait_for(self.post("/v1/completions", body), 0.3)
             except asyncio.TimeoutError:
                 return
-            raise Wrong("an answer of the greatest length in 0.3 s")
+            if time.monotonic() - begun < 0.3:  # on a busy machine both may be due at once
+                raise Wrong("an answer of the greatest length in 0.3 s")
+            return
         async with self.session.post(f"{self.url}/v1/completions", json=body) as reply:
             if reply.status != 200:
                 raise Wrong(f"{reply.status}: {(await reply.text())[:300]}")
