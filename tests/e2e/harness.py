@@ -11,6 +11,11 @@ HERE = Path(__file__).parent
 FIXTURES = HERE.parent / "fixtures"
 EXIT_ABORT = "terminate called without an active exception"
 GPU = torch.cuda.is_available()
+GRAPH = {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "NONE"}}
+# On a GPU they are, unless the user orders otherwise.
+OUR_NORMS = {
+    "ir_op_priority": {op: ["ue8m0", "native"] for op in ("rms_norm", "fused_add_rms_norm")}
+}
 # Of vLLM, for tiny models: engines that leave room for others on a GPU, and so for other tests.
 SMALL = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 2**29} if GPU else {}
 SMALL_OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]

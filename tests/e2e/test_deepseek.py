@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from harness import FIXTURES, GPU, check_alone_and_together, kl
+from harness import FIXTURES, GPU, GRAPH, OUR_NORMS, check_alone_and_together, kl
 from safetensors.torch import load_file, save_file
 from tiny_deepseek.checkpoint import encode
 from tiny_deepseek.model import CUDA, Rounding, TinyDeepseek
@@ -121,13 +121,6 @@ def test_tensor_parallel_rounds_like_the_trained_model(trained, prompts, served)
     found = kl(truth, served(MODEL, prompts, tensor_parallel_size=2)["logits"])
     print(found)
     assert found < kl(truth, trained("fp32"))
-
-
-GRAPH = {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "NONE"}}
-# On a GPU they are, unless the user orders otherwise.
-OUR_NORMS = {
-    "ir_op_priority": {op: ["ue8m0", "native"] for op in ("rms_norm", "fused_add_rms_norm")}
-}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import FIXTURES, kl
+from harness import FIXTURES, GPU, GRAPH, OUR_NORMS, kl
 from safetensors.torch import load_file, save_file
 
 from vllm_ue8m0 import convert, inspect, reference, verify
@@ -165,6 +165,15 @@ def test_first_layers_equal_a_plain_forward(bf16, prompts, served):
     other = kl(emulated(short, prompts[:1], activation_scale="fp32"), run["logits"])
     print(same, other)
     assert same < 1e-4 and same < other / 10
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(GPU, reason="rotary embeddings of a graph are Inductor's there")
+def test_a_compiled_graph_has_the_bits_of_an_eager_run(ue8m0, prompts, served):
+    """Norms and activations are rounded in linear layers' operators, not where Inductor fuses."""
+    eager = served(ue8m0, prompts[:2], **OUR_NORMS)["logits"]
+    compiled = served(ue8m0, prompts[:2], **GRAPH, **OUR_NORMS)["logits"]
+    assert all(map(torch.equal, eager, compiled))
 
 
 @pytest.mark.vllm
