@@ -176,6 +176,16 @@ def test_router_and_arguments(started):
         main(["bench", "e2e", "--engine", "[1]"])
 
 
+@pytest.mark.parametrize(("value", "said"), [("skip", 1), ("relax", 0), (None, 0)])
+def test_a_peer_that_compiles_while_it_serves(started, monkeypatch, capsys, value, said):
+    monkeypatch.delenv(e2e.DEEP_GEMM_WARMUP, raising=False)
+    if value is not None:
+        monkeypatch.setenv(e2e.DEEP_GEMM_WARMUP, value)
+    assert main(["bench", "e2e", "--only", "prefill"]) == 0
+    found = capsys.readouterr()
+    assert (found.out + found.err).count(f"vllm_fp8: {e2e.DEEP_GEMM_WARMUP}=skip") == said
+
+
 def test_a_start_that_fails(started, monkeypatch, capsys):
     def relay(command, env, say):
         job = json.loads(Path(command[-1]).read_text())

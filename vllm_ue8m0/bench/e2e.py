@@ -31,6 +31,8 @@ from typing import Any
 from . import E2E_BENCHES, E2E_SIDES, BenchError, e2e_serve
 
 CONFIG = Path(__file__).with_name("deepseek_v31.json")
+OURS, PEER = E2E_SIDES
+DEEP_GEMM_WARMUP = "VLLM_DEEP_GEMM_WARMUP"  # of vLLM, which by default compiles at the start
 QUANTIZATION = dict(zip(E2E_SIDES, ("ue8m0", "fp8"), strict=True))
 PREFILL, MAX_BATCHED_TOKENS, MAX_SEQS = (8, 2048), 8192, 256
 Say = Callable[[str], None]
@@ -154,6 +156,8 @@ def _side(
             raise BenchError(
                 "start_warm needs caches: measure start_cold too, or give --caches of a run of it"
             )
+        if side == PEER and os.environ.get(DEEP_GEMM_WARMUP, "").lower() == "skip":
+            say(f"{side}: {DEEP_GEMM_WARMUP}=skip: it starts sooner and compiles while it serves")
         own = bool({"start_cold", "start_warm"} & {*wanted}) or caches is not None
         starts = [bench for bench in ("start_cold", "start_warm") if bench in wanted]
         if not starts and _names(wanted):

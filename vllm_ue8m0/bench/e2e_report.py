@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..versions import versions
-from .e2e import QUANTIZATION, Results, Setup
+from .e2e import OURS, PEER, QUANTIZATION, Results, Setup
 from .e2e_split import BF16, REST
 from .records import Record, Variant
 
-OURS, PEER = QUANTIZATION
 KERNELS = 12  # that are shown of a step
 
 
