@@ -136,3 +136,12 @@ class NoSynchronization(TorchDispatchMode):
 def parameters(signature: inspect.Signature) -> list[tuple[object, ...]]:
     """Names, kinds and which have a default: what a caller needs to know."""
     return [(p.name, p.kind, p.default is not p.empty) for p in signature.parameters.values()]
+
+
+def aligned_codes(rows, columns, pitch=None, offset=0):
+    """Zeros e4m3 [rows, columns] on the CPU, `offset` bytes behind a multiple of 16."""
+    pitch = pitch or columns
+    memory = torch.zeros(offset + rows * pitch + 64, dtype=torch.uint8)
+    offset += -memory.data_ptr() % 16
+    memory = memory.view(E4M3)
+    return memory.as_strided((rows, columns), (pitch, 1), offset)

@@ -68,3 +68,16 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     empty, empty_like = torch.empty, torch.empty_like
     monkeypatch.setattr(torch, "empty", lambda *a, **k: _poisoned(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poisoned(empty_like(*a, **k)))
+
+
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Rules for an H100 without a table."""
+    from vllm_ue8m0.kernels import hopper_config as rules
+
+    monkeypatch.setattr(rules, "device_of", lambda index: ("a GPU without a table", 132))
+    for cached in (rules.decode_config, rules.prefill_config):
+        cached.cache_clear()
+    yield
+    for cached in (rules.decode_config, rules.prefill_config):
+        cached.cache_clear()

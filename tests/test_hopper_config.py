@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from checks import aligned_codes as codes
 
 from vllm_ue8m0 import portable, sm90
 from vllm_ue8m0.bench.gemm import SHAPES
@@ -12,6 +13,7 @@ from vllm_ue8m0.layouts import ceil_div
 from vllm_ue8m0.sm90 import counters, products
 
 SMS = 132
+pytestmark = pytest.mark.usefixtures("h100")
 ODD_SHAPES = (
     (16, 16),
     (1, 128),
@@ -24,17 +26,6 @@ ODD_SHAPES = (
 SIZES = SHAPES + ODD_SHAPES
 ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64)
 MANY_ROWS = (65, 127, 128, 129, 300, 1024, 1025, 2048, 8192, 65537)
-
-
-@pytest.fixture(autouse=True)
-def h100(monkeypatch):
-    """Rules for an H100 without a table."""
-    monkeypatch.setattr(rules, "device_of", lambda index: ("a GPU without a table", SMS))
-    for cached in (rules.decode_config, rules.prefill_config):
-        cached.cache_clear()
-    yield
-    for cached in (rules.decode_config, rules.prefill_config):
-        cached.cache_clear()
 
 
 def parts(K, splits):
@@ -129,14 +120,6 @@ def test_batch_invariance_is_vllms_variable(monkeypatch):
         assert products._choose(16, 2112, 7168, True, 0).splits == splits
 
 
-def codes(rows, columns, pitch=None, offset=0):
-    pitch = pitch or columns
-    memory = torch.zeros(offset + rows * pitch + 64, dtype=torch.uint8)
-    offset += -memory.data_ptr() % 16
-    memory = memory.view(products.E4M3)
-    return memory.as_strided((rows, columns), (pitch, 1), offset)
-
-
 def test_refusals():
     sf, gran = torch.zeros(1, 2, dtype=torch.uint8), (128, 128)
 
@@ -200,58 +183,6 @@ def test_experts_of_float32_activations_are_portable():
     assert "float32" in sm90.experts_refusal(x.float(), *rest)
     plans = [backend.experts_plan(x.float(), *rest, 2, 1) for backend in (sm90, portable)]
     assert plans[0](64) == plans[1](64)
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """The arguments of every launch, and of every act_quant, whose results are given."""
-    a, a_s, seen = codes(100, 2048), torch.zeros(100, 16, dtype=torch.uint8), []
-
-    def act_quant(x, group, ue8m0, layout):
-        seen.append(("act_quant", x, group, ue8m0, layout))
-        return a[: len(x)], a_s[: len(x)]
-
-    monkeypatch.setattr(products.portable, "act_quant", act_quant)
-    monkeypatch.setattr(products, "device_of", rules.device_of)
-    monkeypatch.setattr(products, "counters", lambda w, count: f"{count} zeros")
-    for name in ("decode_gemm", "prefill_gemm"):
-        launch = lambda *arguments, name=name: seen.append((name, *arguments))  # noqa: E731
-        monkeypatch.setattr(getattr(products, name), "launch", launch)
-    return seen
-
-
-W, SF = codes(640, 2048), torch.zeros(5, 16, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize("kind", ["ue8m0", "fp32"])
-def test_activations_are_quantized_inside_or_before(launches, kind):
-    x, ue8m0 = torch.zeros(100, 2048), kind == "ue8m0"
-    products.linear(x[:1], W, SF, None, None, (128, 128), kind)
-    ((kernel, a, a_s, *_, config, _, how, floor),) = launches
-    assert kernel == "decode_gemm" and a.dtype == torch.float32 and a_s is None
-    assert config.fused and (how, floor) == (ue8m0, 105)
-    for M, name in ((40, "decode_gemm"), (100, "prefill_gemm")):
-        launches.clear()
-        products.linear(x[:M], W, SF, None, None, (128, 128), kind)
-        (quantizer, given, *rest), (kernel, a, a_s, *_) = launches
-        assert (quantizer, len(given), rest) == ("act_quant", M, [128, ue8m0, "mn_major"])
-        assert kernel == name and a.dtype == products.E4M3 and a_s.shape == (M, 16)
-
-
-def test_codes_are_multiplied_as_they_are(launches):
-    a, a_s = codes(100, 2048), torch.arange(1600).view(100, 16).to(torch.uint8)
-    for M, name in ((1, "decode_gemm"), (100, "prefill_gemm")):
-        launches.clear()
-        out = products.gemm(a[:M], a_s[:M], W, SF, None, None, (128, 128), torch.float16)
-        ((kernel, codes_, scales, _, _, _, _, result, config, zeros, *_),) = launches
-        assert kernel == name and codes_.data_ptr() == a.data_ptr() and result is out
-        assert torch.equal(scales, a_s[:M])
-        assert M == 1 or scales.stride() == (1, 112)  # columns of 16 bytes
-        assert config.splits > 1
-        if name == "decode_gemm":  # one for each tile, or for each warpgroup of one
-            assert zeros == f"{640 // config.block_n} zeros"
-        else:
-            assert zeros == f"{2 * ceil_div(100, config.block_m) * 640 // config.block_n} zeros"
 
 
 @pytest.fixture

@@ -69,14 +69,11 @@ def linear(
     x = unit_stride(x)
     if refusal(x, w, sf, gran, activation_scale) is not None:
         return portable.linear(x, w, sf, c, bias, gran, activation_scale)
-    out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
-    if not out.numel():
-        return out
-    ue8m0, config = activation_scale == "ue8m0", _config(x, w, linear=True)
-    a, a_s = x, None
-    if not (isinstance(config, DecodeConfig) and config.fused):
-        a, a_s = portable.act_quant(x, BLOCK, ue8m0, layout=GEMM_SCALE_LAYOUT)
-    _launch(a, a_s, w, sf, c, bias, out, config, ue8m0)
+    ue8m0 = activation_scale == "ue8m0"
+    (out,) = _linear(
+        x, w, sf, c, bias, ue8m0, lambda: [x],
+        lambda: portable.act_quant(x, BLOCK, ue8m0, layout=GEMM_SCALE_LAYOUT),
+    )  # fmt: skip
     return out
 
 
@@ -98,19 +95,18 @@ def norm_linear(
         return portable.norm_linear(
             x, norm_weight, eps, residual, normed, w, sf, c, bias, gran, activation_scale
         )
-    out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
-    ue8m0, config = activation_scale == "ue8m0", _config(x, w, linear=True)
-    norm, a_s = (x, norm_weight, eps, residual), None
-    if isinstance(config, DecodeConfig) and config.fused:
-        a, *rest = portable.add_rms_norm(*norm)
-        rest += [a] if normed else []
-    else:
-        a, a_s, *rest = portable.rms_norm_quant(
+    ue8m0, norm = activation_scale == "ue8m0", (x, norm_weight, eps, residual)
+
+    def apart() -> list[torch.Tensor]:
+        results = portable.add_rms_norm(*norm)
+        return results + results[:1] if normed else results
+
+    return _linear(
+        x, w, sf, c, bias, ue8m0, apart,
+        lambda: portable.rms_norm_quant(
             *norm, BLOCK, ue8m0, layout=GEMM_SCALE_LAYOUT, normed=normed
-        )
-    if out.numel():
-        _launch(a, a_s, w, sf, c, bias, out, config, ue8m0)
-    return [out, *rest]
+        ),
+    )  # fmt: skip
 
 
 def silu_mul_linear(
@@ -125,16 +121,33 @@ def silu_mul_linear(
     """linear of silu_mul, which quantizes unless the product does."""
     if refusal(gate_up, w, sf, gran, activation_scale) is not None:
         return portable.silu_mul_linear(gate_up, w, sf, c, bias, gran, activation_scale)
-    out = torch.empty(gate_up.shape[0], w.shape[0], dtype=gate_up.dtype, device=gate_up.device)
-    if not out.numel():
-        return out
-    ue8m0, config = activation_scale == "ue8m0", _config(gate_up, w, linear=True)
-    if isinstance(config, DecodeConfig) and config.fused:
-        a, a_s = silu_mul(gate_up), None
-    else:
-        a, a_s = portable.silu_mul_quant(gate_up, BLOCK, ue8m0, layout=GEMM_SCALE_LAYOUT)
-    _launch(a, a_s, w, sf, c, bias, out, config, ue8m0)
+    ue8m0 = activation_scale == "ue8m0"
+    (out,) = _linear(
+        gate_up, w, sf, c, bias, ue8m0, lambda: [silu_mul(gate_up)],
+        lambda: portable.silu_mul_quant(gate_up, BLOCK, ue8m0, layout=GEMM_SCALE_LAYOUT),
+    )  # fmt: skip
     return out
+
+
+def _linear(
+    x: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, c: torch.Tensor | None,
+    bias: torch.Tensor | None, ue8m0: bool, apart: Callable[[], Sequence[torch.Tensor]],
+    quantized: Callable[[], Sequence[torch.Tensor]],
+) -> list[torch.Tensor]:  # fmt: skip
+    """[The product, ...]; x has its rows, dtype and device.
+
+    apart: what a product that quantizes takes, and more results; quantized: codes, scales and more.
+    """
+    out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return [out, *apart()[1:]]
+    config, a_s = _config(x, w, linear=True), None
+    if isinstance(config, DecodeConfig) and config.fused:
+        a, *rest = apart()
+    else:
+        a, a_s, *rest = quantized()
+    _launch(a, a_s, w, sf, c, bias, out, config, ue8m0)
+    return [out, *rest]
 
 
 def linear_plan(
