@@ -132,9 +132,11 @@ def test_environment_variables_are_all_there():
     """Those of UE8M0_ and those of others that change what is computed, wherever they are read."""
     read = {text for text in strings() if re.fullmatch(r"(UE8M0|VLLM|TRITON)_[A-Z_]+[A-Z]", text)}
     elsewhere = {"TRITON_CACHE_DIR", "TRITON_HOME"}  # where `doctor` looks, as Triton does
-    # What `bench e2e` sets for the vLLM that it starts, and vLLM's routing of a benchmark.
+    # What `bench e2e` sets for the vLLM that it starts, vLLM's routing of a benchmark, and what
+    # changes when its peer compiles.
     elsewhere |= {
         "VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_CACHE_ROOT", "VLLM_NO_USAGE_STATS",
+        "VLLM_DEEP_GEMM_WARMUP",
         "VLLM_MOE_ROUTING_SIMULATION_STRATEGY", "VLLM_SERVER_DEV_MODE",
     }  # fmt: skip
     assert set(table("environment variable")) == read - elsewhere
