@@ -137,8 +137,10 @@ _PART_OF = {"norm_linear": "linear", "silu_mul_linear": "linear"}
 
 
 def _register(name: str) -> None:
+    chosen = _PART_OF.get(name, name)
+
     def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        operator = getattr(dispatch.choose(_PART_OF.get(name, name), x.device.type).load(), name)
+        operator = getattr(dispatch.choose(chosen, x.device.type).load(), name)
         if _SCHEMAS[name].startswith("(Tensor(a!) out"):
             operator(*args, **kwargs, out=x)
             return None

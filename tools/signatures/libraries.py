@@ -162,5 +162,9 @@ TRITON = Library(
             )
         },
     },
+    hooks=tuple(
+        f"triton.experimental.gluon.nvidia.hopper.TensorDescriptor.{name}"
+        for name in ("base", "shape", "strides", "block_shape", "layout")
+    ),
 )
 LIBRARIES = {library.name: library for library in (VLLM, TRITON)}

@@ -120,7 +120,7 @@ def _gate_up_of(graph: fx.Graph, given: Node) -> Node:
     with unset_fake_temporarily():
         draw = torch.Generator().manual_seed(0)
         values = {gate_up: 4 * torch.randn(2, 2 * columns, generator=draw).to(value.dtype)}
-        for node in (node for node in graph.nodes if node in nodes):
+        for node in filter(nodes.__contains__, graph.nodes):
             arguments, options = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*arguments, **options)
         wanted, found = reference.silu_mul(values[gate_up]), values[given]

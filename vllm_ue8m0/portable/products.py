@@ -86,8 +86,8 @@ def norm_linear(
 ) -> list[torch.Tensor]:
     """linear of a norm; see reference.norm_linear."""
     if activation_scale == "none":
-        result, *rest = add_rms_norm(x, norm_weight, eps, residual)
-        a, a_s, rest = result, None, [*rest, *([result] if normed else [])]
+        a, *rest = add_rms_norm(x, norm_weight, eps, residual)
+        a_s, rest = None, [*rest, a] if normed else rest
     else:
         ue8m0 = activation_scale == "ue8m0"
         a, a_s, *rest = rms_norm_quant(x, norm_weight, eps, residual, gran[1], ue8m0, normed=normed)
