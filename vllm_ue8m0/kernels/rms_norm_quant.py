@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .config import FMA, dependent_launch
+from .replay import Launch, replayed
 from .tile import store_tile, wait_for_inputs
 from .ue8m0 import round_to, to_float
 
@@ -47,12 +48,15 @@ def _rms_norm_quant_kernel(
     if HAS_NORMED:
         tl.store(normed + place, result, mask=mask)
     if QUANTIZE:
+        # No more codes a thread than it loads values: how values are spread over threads, and so
+        # the order of their sum, follows the widest access, and is to be that of all variants.
         store_tile(
             to_float(result), q, s, None, row, 0, M, K, groups, stride_s,
-            FLOOR, GROUP, 1, GROUPS, MN_MAJOR, PACKED, 0,
+            FLOOR, GROUP, 1, GROUPS, MN_MAJOR, PACKED, 0, WIDTH=128 // dtype.primitive_bitwidth,
         )  # fmt: skip
 
 
+@replayed
 def launch(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -66,12 +70,13 @@ def launch(
     floor: int,
     mn_major: bool,
     num_warps: int,
-) -> None:
+) -> Launch:
     """Normalize and, given q and s, quantize; s is of uint8, float32 or int32, for packed bytes."""
     M, K = x.shape
     groups = triton.cdiv(K, group)
     packed = s is not None and s.dtype == torch.int32
-    _rms_norm_quant_kernel[(M,)](
+    return Launch(
+        _rms_norm_quant_kernel, (M,),
         x, residual, weight, None if q is None else q.view(torch.uint8), s, residual_out, normed,
         eps, M, K, groups,
         x.stride(0) if M > 1 else K,

@@ -64,8 +64,12 @@ def store_tile(
     values, q, s, destinations, row, first_group, limit, K, groups, stride_s,
     FLOOR: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
     MN_MAJOR: tl.constexpr, PACKED: tl.constexpr, COPIES: tl.constexpr, scale_rows=None,
+    WIDTH: tl.constexpr = 0,
 ):  # fmt: skip
-    """Quantize float32 values [ROWS, GROUPS * GROUP] of rows `row` and store codes and scales."""
+    """Quantize float32 values [ROWS, GROUPS * GROUP] of rows `row` and store codes and scales.
+
+    WIDTH: codes that a thread stores at once, at most; 0: as many as it can.
+    """
     COPIES_LOADED: tl.constexpr = triton.next_power_of_2(COPIES)
     ue8m0: tl.constexpr = PACKED or s.dtype.element_ty == tl.uint8
     codes, scale = quantize(tl.reshape(values, [ROWS * GROUPS, GROUP]), ue8m0, FLOOR)
@@ -96,7 +100,10 @@ def store_tile(
         else:
             target, used = row, row < limit
         mask = used[:, None] & (k < K)[None, :]
-        tl.store(q + target[:, None] * K + k[None, :], codes, mask=mask)
+        place = q + target[:, None] * K + k[None, :]
+        if WIDTH > 0:
+            place = tl.max_contiguous(place, [1, WIDTH])
+        tl.store(place, codes, mask=mask)
         if scale_rows is not None:
             if COPIES > 0:
                 target = tl.sum(tl.where(each[None, :] == copy, scale_places, 0), 1).to(tl.int64)
