@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .config import FMA, TileConfig, dependent_launch
+from .replay import Launch, replayed
 from .tile import find_tile, scale_offset, store_tile, used_tiles, wait_for_inputs
 from .ue8m0 import to_float
 
@@ -66,6 +67,7 @@ def _act_quant_kernel(
         )  # fmt: skip
 
 
+@replayed
 def launch(
     x: torch.Tensor,
     q: torch.Tensor,
@@ -77,11 +79,12 @@ def launch(
     counts: torch.Tensor | None = None,
     destinations: torch.Tensor | None = None,
     scale_rows: torch.Tensor | None = None,
-) -> None:
+) -> Launch:
     """Quantize x into q and s; the dtype of s (uint8, float32, int32) selects the kind of scale."""
     E, M, K = x.shape
     groups = triton.cdiv(K, group)
-    _act_quant_kernel[config.grid(E, M, groups, counts is not None)](
+    return Launch(
+        _act_quant_kernel, config.grid(E, M, groups, counts is not None),
         x, q.view(torch.uint8), s, counts, destinations, scale_rows, E, M, K, groups,
         x.stride(0) if E > 1 else 0, x.stride(1) if M > 1 else K, s.stride(2),
         FLOOR=floor, GROUP=group, ROWS=config.rows, GROUPS=config.groups,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .config import FMA, kernel_codes, masked_programs
 from .gemm import multiply
+from .replay import Launch, replayed
 from .tile import find_tile, used_tiles
 from .ue8m0 import round_to
 
@@ -54,15 +55,17 @@ def _batched_gemm_kernel(
         tl.store(target, round_to(acc, out.dtype.element_ty), mask=mask)
 
 
+@replayed
 def launch(
     a: torch.Tensor, a_s: torch.Tensor | None, w: torch.Tensor, sf: torch.Tensor,
     c: torch.Tensor | None, gran: tuple[int, int], counts: torch.Tensor, config: dict[str, int],
     out: torch.Tensor,
-) -> None:  # fmt: skip
+) -> Launch:  # fmt: skip
     """counts [E] int32 or int64, contiguous as a_s and out are."""
     (E, M, K), N = a.shape, w.shape[1]
     columns, tiles = triton.cdiv(N, config["BLOCK_N"]), E * triton.cdiv(M, config["BLOCK_M"])
-    _batched_gemm_kernel[(masked_programs(columns, tiles),)](
+    return Launch(
+        _batched_gemm_kernel, (masked_programs(columns, tiles),),
         kernel_codes(a), a_s, kernel_codes(w), sf, c, out, counts, E, M, N, K,
         a.stride(0) if E > 1 else 0, a.stride(1) if M > 1 else K,
         0 if a_s is None else a_s.shape[2],

@@ -42,6 +42,7 @@ from .hopper import (
     wait_for_inputs,
 )
 from .hopper_config import DecodeConfig
+from .replay import Launch, Scratch, replayed
 
 
 @gluon.jit
@@ -270,11 +271,12 @@ def _finish(
         gl.store(out + m.to(gl.int64) * N + n, result, mask=(m < M) & (n < N))
 
 
+@replayed
 def launch(
     a: torch.Tensor, a_s: torch.Tensor | None, w: torch.Tensor, sf: torch.Tensor,
     c: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor, config: DecodeConfig,
     counters: torch.Tensor | None, ue8m0: bool, floor: int,
-) -> None:  # fmt: skip
+) -> Launch:  # fmt: skip
     """a: codes with scales a_s, or activations (a_s None) quantized as `ue8m0` and `floor` say.
 
     counters: int32 zeros, one for each tile of w's rows, which are zero again afterwards; no two
@@ -283,12 +285,11 @@ def launch(
     (M, K), N = a.shape, w.shape[0]
     NK, tiles = ceil_div(K, 128), ceil_div(N, config.block_n)
     fused, splits, warps = a_s is None, config.splits, config.warps
-    partial = None
-    if splits > 1:
-        size = tiles * splits * config.block_n * config.tokens
-        partial = torch.empty(size, dtype=torch.float32, device=w.device)
+    size = tiles * splits * config.block_n * config.tokens
+    partial = Scratch(size) if splits > 1 else None
     groups = min(tiles, max(1, config.programs // splits))
-    _decode_gemm_kernel[(groups * splits,)](
+    return Launch(
+        _decode_gemm_kernel, (groups * splits,),
         code_tiles(w, config.block_n), None if fused else code_tiles(a, config.tokens),
         a if fused else None, a_s, sf, c, bias, out, partial, counters, M, N, K, NK,
         a.stride(0) if fused and M > 1 else 0, *((0, 0) if fused else a_s.stride()), sf.stride(0),

@@ -41,6 +41,7 @@ from .hopper import (
     start_dependents,
     wait_for_inputs,
 )
+from .replay import Launch, replayed
 from .route import Routing
 
 # Copied of a block of K: what shared memory of the copy engine is aligned to.
@@ -222,20 +223,22 @@ def _expert_chain_kernel(
     )  # fmt: skip
 
 
+@replayed
 def launch(
     a: torch.Tensor, a_s: torch.Tensor, w13: torch.Tensor, sf13: torch.Tensor,
     c13: torch.Tensor | None, hidden: torch.Tensor, hidden_s: torch.Tensor, w2: torch.Tensor,
     sf2: torch.Tensor, c2: torch.Tensor | None, out: torch.Tensor, *,
     slot_weights: torch.Tensor | None, routing: Routing, rows: int, stages: int, programs: int,
     ue8m0: bool, floor: int, dtype: torch.dtype,
-) -> None:  # fmt: skip
+) -> Launch:  # fmt: skip
     """a [slots, H] sorted -> hidden [slots, I] -> out [slots, H], a row at its slot.
 
     routing: to tiles of `rows` rows, with `progress`. stages: of a program's ring.
     """
     (E, N, H), I = w13.shape, w2.shape[2]  # noqa: E741
     gated_n, gated_NK = I // 128, ceil_div(H, 128)
-    _expert_chain_kernel[(programs,)](
+    return Launch(
+        _expert_chain_kernel, (programs,),
         code_tiles(w13.view(E * N, H), 128), code_tiles(w2.view(E * H, I), 128),
         code_tiles(a, rows), scale_columns(a_s, SCALES.value),
         code_tiles(hidden, rows), scale_columns(hidden_s, SCALES.value),

@@ -37,6 +37,7 @@ from .hopper import (
     start_dependents,
     wait_for_inputs,
 )
+from .replay import Launch, Scratch, replayed
 from .route import Tiles
 
 SCALES = 128  # copied of a block of K: what shared memory of the copy engine is aligned to
@@ -254,6 +255,7 @@ def _expert_decode_kernel(
     )  # fmt: skip
 
 
+@replayed
 def launch(
     a: torch.Tensor, a_s: torch.Tensor | None, w: torch.Tensor, sf: torch.Tensor,
     c: torch.Tensor | None, out: torch.Tensor, out_s: torch.Tensor | None, *,
@@ -261,7 +263,7 @@ def launch(
     slot_weights: torch.Tensor | None, combined: torch.Tensor | None,
     counters: torch.Tensor | None, rows: int, config: Product, ue8m0: bool, floor: int,
     dtype: torch.dtype,
-) -> None:  # fmt: skip
+) -> Launch:  # fmt: skip
     """Gated if out_s is given. Either tiles of `rows` rows, without order; or one token's ids
     [TOPK], with the token as a (gated), or with combined.
 
@@ -281,8 +283,9 @@ def launch(
     if splits > 1:
         assert topk, f"{splits=} of sorted rows"
         size = topk * ceil_div(N, 2 * block_n) * splits * 2 * block_n
-        partial = torch.empty(size, dtype=torch.float32, device=w.device)
-    _expert_decode_kernel[(config.programs,)](
+        partial = Scratch(size)
+    return Launch(
+        _expert_decode_kernel, (config.programs,),
         code_tiles(w.view(E * N, K), block_n), None if fused else code_tiles(a, rows),
         None if a_s is None else scale_columns(a_s, SCALES), a if fused else None, sf, c,
         out.view(torch.uint8) if gated else out, out_s, slot_weights, tiles, num_tiles, ids,

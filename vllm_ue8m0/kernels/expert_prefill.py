@@ -46,6 +46,7 @@ from .hopper import (
     wait_for_inputs,
 )
 from .prefill_gemm import COPY_REGISTERS, MATH_REGISTERS, REGISTERS
+from .replay import Launch, replayed
 from .route import Tiles
 
 STAGES = 4
@@ -233,15 +234,17 @@ def _expert_prefill_kernel(
     )  # fmt: skip
 
 
+@replayed
 def launch(
     a: torch.Tensor, a_s: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, c: torch.Tensor | None,
     out: torch.Tensor, out_s: torch.Tensor | None, *, routing: Tiles,
     slot_weights: torch.Tensor | None, counter: torch.Tensor, ue8m0: bool, floor: int,
     dtype: torch.dtype, programs: int,
-) -> None:  # fmt: skip
+) -> Launch:  # fmt: skip
     """Gated if out_s is given. routing: to tiles of PREFILL_ROWS rows. counter [1] int32: zero."""
     (E, N, K), gated = w.shape, out_s is not None
-    _expert_prefill_kernel[(programs,)](
+    return Launch(
+        _expert_prefill_kernel, (programs,),
         code_tiles(a, PREFILL_ROWS), scale_columns(a_s, PREFILL_ROWS),
         code_tiles(w.view(E * N, K), 128),
         sf, c, out.view(torch.uint8) if gated else out, out_s, None if gated else routing.order,

@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import FMA, batch_invariant, kernel_codes, one_warp_products
+from .config import FMA, batch_invariant, kernel_codes
+from .replay import Launch, replayed
 from .ue8m0 import decode, dot, dot_scaled, round_to, split, to_float
 
 
@@ -195,16 +196,17 @@ def _scaled_config(rows: int, gran: tuple[int, int]) -> dict[str, int]:
     }  # fmt: skip
 
 
+@replayed
 def launch(
     a: torch.Tensor, a_s: torch.Tensor | None, w: torch.Tensor, sf: torch.Tensor,
-    c: torch.Tensor | None, bias: torch.Tensor | None, gran: tuple[int, int], out: torch.Tensor,
-    block_scaled: bool = False,
-) -> None:  # fmt: skip
+    c: torch.Tensor | None, bias: torch.Tensor | None, gran: tuple[int, int],
+    config: dict[str, int], out: torch.Tensor,
+) -> Launch:  # fmt: skip
     (M, K), N = a.shape, w.shape[0]
-    config = tile_config(M, a.dtype, gran, block_scaled, one_warp_products(a.device))
     grid = (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)
     # The row stride of a single row is arbitrary and must not select another compilation.
-    _gemm_kernel[grid](
+    return Launch(
+        _gemm_kernel, grid,
         kernel_codes(a), a_s, kernel_codes(w), sf, c, bias, out, M, N, K,
         a.stride(0) if M > 1 else K, 0 if a_s is None else a_s.shape[1], w.stride(0), sf.stride(0),
         out.stride(0),

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from .config import FMA, dependent_launch, kernel_codes
 from .gemm import multiply
+from .replay import Launch, replayed
 from .tile import wait_for_inputs
 from .ue8m0 import round_to, to_float
 
@@ -84,16 +85,18 @@ def _combine_kernel(
     tl.store(out + row * N + column, round_to(acc, out.dtype.element_ty), mask=column < N)
 
 
+@replayed
 def launch(
     a: torch.Tensor, a_s: torch.Tensor | None, w: torch.Tensor, sf: torch.Tensor,
     c: torch.Tensor | None, gran: tuple[int, int], order: torch.Tensor,
     slot_weights: torch.Tensor | None, tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     topk: int, gather: bool, config: dict[str, int], out: torch.Tensor,
-) -> None:  # fmt: skip
+) -> Launch:  # fmt: skip
     """tiles = (tile_expert, tile_start, ends), for the BLOCK_M of config."""
     (E, N, K), (tile_expert, tile_start, ends) = w.shape, tiles
     grid = (tile_expert.shape[0], triton.cdiv(N, config["BLOCK_N"]))
-    _grouped_gemm_kernel[grid](
+    return Launch(
+        _grouped_gemm_kernel, grid,
         kernel_codes(a), a_s, kernel_codes(w), sf, c, out, order, slot_weights, tile_expert,
         tile_start, ends, N, K,
         a.stride(0) if a.shape[0] > 1 else K, 0 if a_s is None else a_s.shape[1],
@@ -105,13 +108,15 @@ def launch(
     )  # fmt: skip
 
 
+@replayed
 def combine(
     slots: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, out: torch.Tensor
-) -> None:
+) -> Launch:
     """Sum slots [M * topk, N] over each token's valid topk_ids [M, topk] into out [M, N]."""
     (M, N), topk = out.shape, topk_ids.shape[1]
     block = 1024  # 16 bytes a thread and slot
-    _combine_kernel[(M, triton.cdiv(N, block))](
+    return Launch(
+        _combine_kernel, (M, triton.cdiv(N, block)),
         slots, topk_ids, out, N, num_experts, TOPK=topk, BLOCK_N=block, num_warps=4,
         **dependent_launch(out.device),
     )  # fmt: skip

@@ -23,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
+from . import replay
+
 
 class Kernel(NamedTuple):
     """A kernel for arguments of one kind: `name` in `module`, and Triton's description."""
@@ -52,7 +54,8 @@ def recording() -> Iterator[list[Kernel]]:
     hook, launch = knobs.runtime.jit_cache_hook, KernelInterface.__getitem__
     knobs.runtime.jit_cache_hook, KernelInterface.__getitem__ = note, bind
     try:
-        yield kernels
+        with replay.off():
+            yield kernels
     finally:
         knobs.runtime.jit_cache_hook, KernelInterface.__getitem__ = hook, launch
 

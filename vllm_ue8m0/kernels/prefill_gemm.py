@@ -47,6 +47,7 @@ from .hopper import (
     wait_for_inputs,
 )
 from .hopper_config import PrefillConfig, prefill_stages
+from .replay import Launch, Scratch, replayed
 
 # Row tiles that share columns of w in L2. H100, 2026-11-23: 4, 8 and 16 are within 3 % of each
 # other but for (24576, 1536), M = 8192: 16 is 9 % slower than 8.
@@ -269,11 +270,12 @@ def _prefill_gemm_kernel(
     )  # fmt: skip
 
 
+@replayed
 def launch(
     a: torch.Tensor, a_s: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, c: torch.Tensor | None,
     bias: torch.Tensor | None, out: torch.Tensor, config: PrefillConfig,
     counters: torch.Tensor | None, sms: int,
-) -> None:  # fmt: skip
+) -> Launch:  # fmt: skip
     """counters: as decode_gemm's, two for each tile."""
     (M, K), N, splits = a.shape, w.shape[0], config.splits
     block_m, block_n = config.block_m, config.block_n
@@ -284,8 +286,9 @@ def launch(
     tiles, partial = ceil_div(M, block_m) * ceil_div(N, block_n), None
     if splits > 1:
         size = tiles * splits * block_m * block_n
-        partial = torch.empty(size, dtype=torch.float32, device=w.device)
-    _prefill_gemm_kernel[(min(sms, tiles * splits),)](
+        partial = Scratch(size)
+    return Launch(
+        _prefill_gemm_kernel, (min(sms, tiles * splits),),
         code_tiles(a, block_m), scale_columns(a_s, block_m), code_tiles(w, block_n), out_desc,
         sf, c, bias, out, partial, counters, M, N, ceil_div(K, 128), sf.stride(0),
         STAGES=stages, GROUP_M=GROUP_M, SPLITS=splits,

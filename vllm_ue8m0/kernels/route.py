@@ -30,6 +30,7 @@ import triton.language as tl
 
 from .config import dependent_launch
 from .expert_config import PREFILL_ROWS, most_tiles
+from .replay import Launch, Operands, replayed
 from .tile import wait_for_inputs
 
 SLOTS = 1024  # a program's
@@ -136,7 +137,7 @@ def _place_kernel(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiles:
+class Tiles(Operands):
     """As above. order None: a row's result goes to that row."""
 
     tiles: torch.Tensor
@@ -200,24 +201,51 @@ def launch(
     progress = None
     if chained:
         progress = torch.empty(len(routing.tiles) + 1, dtype=torch.int32, device=device)
-    sizes = {"ROWS": rows, "PITCH": scale_pitch(rows), "SLOTS": SLOTS, "num_warps": 8}
-    grid, num_global = (programs(slots),), 0 if expert_map is None else len(expert_map)
-    dependent = dependent_launch(device)
-    _count_kernel[grid](
-        topk_ids, expert_map, counts, counts[num_experts:], starts, routing.destinations,
-        routing.order, scale_rows, routing.tiles, routing.num_tiles,
+    routing = replace(routing, scale_rows=scale_rows, tall=high, progress=progress)
+    done = counts[num_experts:]
+    _launch_count(
+        topk_ids, expert_map, num_experts, rows, counts, done, starts, routing, most, least
+    )
+    if programs(slots) > 1:
+        _launch_place(topk_ids, expert_map, num_experts, rows, starts, routing)
+    return routing
+
+
+@replayed
+def _launch_count(
+    topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int, rows: int,
+    counts: torch.Tensor, done: torch.Tensor, starts: torch.Tensor, routing: Routing, most: int,
+    least: int,
+) -> Launch:  # fmt: skip
+    slots, high, progress = topk_ids.numel(), routing.tall, routing.progress
+    return Launch(
+        _count_kernel, (programs(slots),),
+        topk_ids, expert_map, counts, done, starts, routing.destinations, routing.order,
+        routing.scale_rows, routing.tiles, routing.num_tiles,
         None if high is None else high.tiles, None if high is None else high.num_tiles,
         progress, most, least, 0 if progress is None else len(progress), slots, num_experts,
-        num_global,
-        EXPERTS=triton.next_power_of_2(num_experts), ONE=grid[0] == 1, TALL_ROWS=PREFILL_ROWS,
-        **sizes, **dependent,
+        0 if expert_map is None else len(expert_map),
+        EXPERTS=triton.next_power_of_2(num_experts), ONE=programs(slots) == 1,
+        TALL_ROWS=PREFILL_ROWS, **_sizes(rows), **dependent_launch(topk_ids.device),
     )  # fmt: skip
-    if grid[0] > 1:
-        _place_kernel[grid](
-            topk_ids, expert_map, starts, routing.destinations, routing.order, scale_rows,
-            slots, num_experts, num_global, **sizes, **dependent,
-        )  # fmt: skip
-    return replace(routing, scale_rows=scale_rows, tall=high, progress=progress)
+
+
+@replayed
+def _launch_place(
+    topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int, rows: int,
+    starts: torch.Tensor, routing: Routing,
+) -> Launch:  # fmt: skip
+    slots = topk_ids.numel()
+    return Launch(
+        _place_kernel, (programs(slots),),
+        topk_ids, expert_map, starts, routing.destinations, routing.order, routing.scale_rows,
+        slots, num_experts, 0 if expert_map is None else len(expert_map),
+        **_sizes(rows), **dependent_launch(topk_ids.device),
+    )  # fmt: skip
+
+
+def _sizes(rows: int) -> dict[str, int]:
+    return {"ROWS": rows, "PITCH": scale_pitch(rows), "SLOTS": SLOTS, "num_warps": 8}
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .config import FMA, dependent_launch
+from .replay import Launch, replayed
 from .route import TILE_FIELDS, Routing, empty_routing, scale_pitch, slot_experts
 from .tile import wait_for_inputs
 from .ue8m0 import quantize, to_float
@@ -98,16 +99,27 @@ def launch(
     """x [M, K], unit stride along K -> q and column-major s at the rows of the routing to tiles of
     `rows` rows. topk_ids [M, topk] of at most MOST_SLOTS slots.
     """
+    routing = empty_routing(topk_ids, num_experts, rows)
+    progress = torch.empty(topk_ids.numel() + 1, dtype=torch.int32, device=x.device)
+    routing = replace(routing, progress=progress)
+    _launch(x, q, s, topk_ids, expert_map, num_experts, rows, floor, routing)
+    return routing
+
+
+@replayed
+def _launch(
+    x: torch.Tensor, q: torch.Tensor, s: torch.Tensor, topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None, num_experts: int, rows: int, floor: int, routing: Routing,
+) -> Launch:  # fmt: skip
     (M, K), topk = x.shape, topk_ids.shape[1]
-    groups, routing = triton.cdiv(K, GROUP), empty_routing(topk_ids, num_experts, rows)
-    progress = torch.empty(M * topk + 1, dtype=torch.int32, device=x.device)
-    slots = compared_slots(M * topk)
-    _route_quant_kernel[(M * triton.cdiv(groups, GROUPS),)](
+    groups, slots = triton.cdiv(K, GROUP), compared_slots(M * topk)
+    return Launch(
+        _route_quant_kernel, (M * triton.cdiv(groups, GROUPS),),
         x, q.view(torch.uint8), s, topk_ids, expert_map, routing.destinations, routing.order,
-        routing.tiles, routing.num_tiles, progress, K, groups, x.stride(0) if M > 1 else K,
-        s.stride(1), M * topk, num_experts, 0 if expert_map is None else len(expert_map),
+        routing.tiles, routing.num_tiles, routing.progress, K, groups,
+        x.stride(0) if M > 1 else K, s.stride(1), M * topk, num_experts,
+        0 if expert_map is None else len(expert_map),
         FLOOR=floor, GROUP=GROUP, GROUPS=GROUPS, COPIES=topk, TOPK=triton.next_power_of_2(topk),
         SLOTS=slots, CHUNK=min(slots, CHUNK), ROWS=rows, PITCH=scale_pitch(rows),
         num_warps=WARPS, **dependent_launch(x.device), **FMA,
     )  # fmt: skip
-    return replace(routing, progress=progress)

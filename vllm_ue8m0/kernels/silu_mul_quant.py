@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .config import FMA, TileConfig, dependent_launch
+from .replay import Launch, replayed
 from .tile import find_tile, scale_offset, store_tile, used_tiles, wait_for_inputs
 from .ue8m0 import round_to, to_float
 
@@ -70,6 +71,7 @@ def _silu_mul_quant_kernel(
         )  # fmt: skip
 
 
+@replayed
 def launch(
     gate_up: torch.Tensor,
     out: torch.Tensor,
@@ -80,11 +82,12 @@ def launch(
     config: TileConfig,
     counts: torch.Tensor | None = None,
     destinations: torch.Tensor | None = None,
-) -> None:
+) -> Launch:
     """Write silu(gate) * up to out, quantized if s is given."""
     E, M, K = *gate_up.shape[:2], out.shape[-1]
     groups = triton.cdiv(K, group)
-    _silu_mul_quant_kernel[config.grid(E, M, groups, counts is not None)](
+    return Launch(
+        _silu_mul_quant_kernel, config.grid(E, M, groups, counts is not None),
         gate_up, out if s is None else out.view(torch.uint8), s, counts, destinations, E, M, K,
         groups, gate_up.stride(0) if E > 1 else 0, gate_up.stride(1) if M > 1 else 2 * K,
         0 if s is None else s.stride(2),

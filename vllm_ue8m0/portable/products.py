@@ -45,10 +45,12 @@ def gemm(
     """a [M, K] times w [N, K]^T; a_s None: a is not quantized (bf16, fp16 or fp32)."""
     out = torch.empty(a.shape[0], w.shape[0], dtype=out_dtype, device=a.device)
     if out.numel():
+        config = gemm_kernel.tile_config(
+            len(a), a.dtype, _pair(gran), block_scaled, one_warp_products(a.device)
+        )
         gemm_kernel.launch(
             unit_stride(a), None if a_s is None else kernel_scale(a_s).contiguous(),
-            unit_stride(w), unit_stride(kernel_scale(sf)), c, bias, _pair(gran), out,
-            block_scaled,
+            unit_stride(w), unit_stride(kernel_scale(sf)), c, bias, _pair(gran), config, out,
         )  # fmt: skip
     return out
 
