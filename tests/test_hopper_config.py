@@ -154,7 +154,20 @@ def test_rings_of_a_chain():
 
     assert chain(2, 256) == chain(512, 2048) == chain(16, 2048, 32) == 4
     assert chain(512, 128 * 8192, scale_bytes=4) == 2  # scales of a long K take the room
-    assert chain(1, 256) is chain(2048, 2048) is None
+    assert chain(2048, 2048) is None
+
+
+def test_one_token_takes_two_launches_unless_its_experts_fill_the_sms():
+    from vllm_ue8m0.kernels.expert_config import experts_config
+
+    def launches(inner, E=256, topk=8, sms=132):
+        config = experts_config(1, topk, E, 256, 7168, inner, 1, False, sms)
+        assert config.one_token is (config.chain is None) is (config.gated is not None)
+        return 2 if config.one_token else 3
+
+    assert launches(256) == launches(1024) == launches(2048, E=32) == 2
+    assert launches(2048) == 3
+    assert launches(2048, sms=160) == launches(2048, topk=7) == 2
 
 
 def test_tall_tiles_take_the_place_of_more_than_a_wave():

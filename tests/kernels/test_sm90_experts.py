@@ -99,10 +99,14 @@ def test_rings_of_a_chain(sm90, monkeypatch, stages, E, H, I):  # noqa: E741
     """Units of the second product, fewer or more of them than a ring has stages for."""
     module = importlib.import_module("vllm_ue8m0.sm90.experts")
     rule = module.experts_config
-    monkeypatch.setattr(module, "experts_config", lambda *a: replace(rule(*a), chain=stages))
+
+    def chained(*sizes):
+        return replace(rule(*sizes), chain=stages, one_token=False)
+
+    monkeypatch.setattr(module, "experts_config", chained)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     w = weights(E, H, I)
-    for M in (2, 9, 16):
+    for M in (1, 2, 9, 16):
         x, route = torch.randn(M, H, device="cuda", dtype=BF16), routing(M, 4, E)
         expected = step_by_step(sm90, x, w, route)
         for _ in range(10):

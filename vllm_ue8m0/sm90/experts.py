@@ -1,6 +1,7 @@
 """Routed experts: sort, quantize, gated product, product, sum.
 
-one token    expert_decode twice: every slot is a tile, x is quantized inside, the second sums
+one token    expert_decode twice: every slot is a tile, x is quantized inside, the second sums;
+             wide experts, which fill the SMs, as few rows
 few rows     route and act_quant to sorted rows (few slots: route_quant), expert_chain, combine
 many rows    the same with expert_prefill twice
 batched      act_quant and expert_decode twice, on rows where they are
