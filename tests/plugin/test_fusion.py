@@ -1,5 +1,6 @@
 """The pass that takes norms and activations into linear layers, on graphs as vLLM gives them."""
 
+import sys
 from operator import getitem
 
 import pytest
@@ -264,3 +265,12 @@ def test_the_users_pass_stays(config):
     passes[compat.GRAPH_PASS] = theirs = object()
     fusion.install()
     assert passes[compat.GRAPH_PASS] is theirs
+
+
+def test_a_release_without_such_passes_is_served_without(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm.compilation.passes.inductor_pass", None)
+    warned = []
+    monkeypatch.setattr(fusion.logger, "warning", lambda text, *args: warned.append(text % args))
+    fusion.install()
+    assert compat.GRAPH_PASS not in config.compilation_config.inductor_compile_config
+    assert len(warned) == 1 and "inductor_pass" in warned[0]

@@ -31,12 +31,18 @@ VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
 
 def install() -> None:
-    """Have the model that is being built compiled so, unless the user has a pass of their own."""
+    """Have the model that is being built compiled so, unless the user has a pass of their own.
+
+    A release beyond the tested ones that takes no passes serves without, with a warning.
+    """
     source = Path(__file__).read_text(encoding="utf-8")
-    if not compat.add_graph_pass(fuse, source):
-        logger.info(
-            "ue8m0: nothing is fused with linear layers, for the %s given", compat.GRAPH_PASS
-        )
+    try:
+        if not compat.add_graph_pass(fuse, source):
+            logger.info(
+                "ue8m0: nothing is fused with linear layers, for the %s given", compat.GRAPH_PASS
+            )
+    except (ImportError, AttributeError, TypeError) as error:
+        logger.warning("ue8m0: nothing is fused with linear layers: %s", error)
 
 
 def fuse(graph: fx.Graph) -> None:
