@@ -22,7 +22,7 @@ from typing import Any, ParamSpec
 import torch
 
 P = ParamSpec("P")
-MOST = 1024  # kinds kept of a function, about 3 KB each; then all of them are made anew
+MOST = 256  # kinds kept of a function, 5 KB each: those of dozens of steps; then made anew
 ALIGNED = 16  # bytes: what Triton asks of addresses
 _switch = {"on": True}
 
