@@ -24,17 +24,17 @@ def results():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("K", SIZES)
 def test_one_order_for_all_variants(K, dtype):
-    assert results()[f"{K} {dtype}"] == "10 variants, 1 order"
+    assert results()[f"{K} {dtype}"] == "20 variants, 1 order"
 
 
 def variants():
-    """residual, normed, quantized, column-major scales; of those that store anything."""
-    for residual, normed, quantize, mn_major in product((False, True), repeat=4):
+    """residual, normed, quantized, column-major scales, aligned rows; what stores anything."""
+    for residual, normed, quantize, mn_major, aligned in product((False, True), repeat=5):
         if (normed or quantize) and (quantize or not mn_major):
-            yield residual, normed, quantize, mn_major
+            yield residual, normed, quantize, mn_major, aligned
 
 
-def order(K, dtype, residual, normed, quantize, mn_major, gpu) -> str:
+def order(K, dtype, residual, normed, quantize, mn_major, aligned, gpu) -> str:
     """The layout of the values that are summed."""
     import triton
     from triton.compiler import ASTSource
@@ -62,8 +62,11 @@ def order(K, dtype, residual, normed, quantize, mn_major, gpu) -> str:
         kind = f"*{pointers[name]}" if name in pointers else number
         signature[name] = "constexpr" if name in constants else kind
     places = {name: (i,) for i, name in enumerate(kernel.arg_names)}
-    aligned = {places[name]: [["tt.divisibility", 16]] for name in (*pointers, "K", "stride_xm")}
-    source = ASTSource(kernel, signature, {places[k]: v for k, v in constants.items()}, aligned)
+    multiples = [*pointers, "K", *(["stride_xm"] if aligned else [])]
+    if not aligned:
+        multiples.remove("x")
+    attributes = {places[name]: [["tt.divisibility", 16]] for name in multiples}
+    source = ASTSource(kernel, signature, {places[k]: v for k, v in constants.items()}, attributes)
     options = {**FMA, "num_warps": rms_norm_quant_warps(K), "launch_pdl": True}
     text = triton.compile(source, target=gpu, options=options).asm["ttgir"]
     reduced = text[text.index('"tt.reduce"') :]
