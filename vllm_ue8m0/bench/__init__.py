@@ -8,7 +8,8 @@ gemm.py      the products' cases, gemm_peers.py beside them
 moe.py       the routed experts' cases, tokens drawn by routing.py, moe_peers.py beside them
 e2e.py       serving: vLLM started with our method and with its own, each in processes of its own
              (e2e_engine.py; e2e_worker.py in vLLM's workers, e2e_split.py for the kernels of a
-             step; e2e_serve.py for a server under load), shown by e2e_report.py
+             step; e2e_serve.py for a server under load; e2e_process.py ends them), shown by
+             e2e_report.py
 run.py       a case -> a record: check first, then time; machine.py says where
 timing.py    how time is taken, the same for ours, peers and what bounds them: of quantizers a
              copy (limit.py), of products a roof (roof.py)

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from . import E2E_BENCHES, E2E_SIDES, BenchError, e2e_serve
+from .e2e_process import started
 
 CONFIG = Path(__file__).with_name("deepseek_v31.json")
 OURS, PEER = E2E_SIDES
@@ -252,10 +253,9 @@ def _environment(setup: Setup, caches: Path | None) -> dict[str, str]:
 def _relay(command: Sequence[str], env: dict[str, str], say: Say) -> tuple[int, dict[str, float]]:
     """Run, repeat what it prints on stderr; exit status and seconds of the phases it logs."""
     phases: dict[str, float] = {}
-    with subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace",
-    ) as process:  # fmt: skip
+    with started(
+        command, env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             sys.stderr.write(line)
@@ -264,4 +264,4 @@ def _relay(command: Sequence[str], env: dict[str, str], say: Say) -> tuple[int, 
                 match = re.search(pattern, line)
                 if match:
                     phases[name] = max(phases.get(name, 0.0), float(match[1]))
-    return process.returncode, phases
+        return process.wait(), phases

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -21,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from . import BenchError
+from .e2e_process import started
 
 _VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 _EXTENSION = f"{__package__}.e2e_worker.Extension"
-START_SECONDS, STOP_SECONDS = 3600, 60
+START_SECONDS = 3600
 WARM_UPS, LEAST_PROMPTS = 8, 8
 STDERR = 2  # the file descriptor; sys.stderr may be something else
 
@@ -142,20 +141,10 @@ def _serve(engine: Mapping[str, Any], env: Mapping[str, str]) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [*_VLLM, *server_options(engine), "--host", "127.0.0.1", "--port", str(port)]
     # The endpoint that calls functions of workers is one for developers.
-    process = subprocess.Popen(
-        command, env={**env, "VLLM_SERVER_DEV_MODE": "1"}, stdout=STDERR, start_new_session=True
-    )
-    try:
+    with started(command, {**env, "VLLM_SERVER_DEV_MODE": "1"}, stdout=STDERR) as process:
         url = f"http://127.0.0.1:{port}"
         _wait(f"{url}/health", process)
         yield url
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # what is left of its processes
-        process.wait()
 
 
 def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
