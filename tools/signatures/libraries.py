@@ -22,7 +22,7 @@ class Library:
     files: Path
     folders: tuple[str, ...]
     objects: Mapping[str, Mapping[str, Object]] = field(default_factory=dict)
-    hooks: tuple[str, ...] = ()  # members that it reads of ours, which we assign
+    hooks: tuple[str, ...] = ()  # members that it reads of ours, or we of objects of any type
     newest: tuple[str, ...] = ()  # what only newer releases have, the newest in any case
 
     def found(self) -> Found:
@@ -162,9 +162,11 @@ TRITON = Library(
             )
         },
     },
-    hooks=tuple(
-        f"triton.experimental.gluon.nvidia.hopper.TensorDescriptor.{name}"
-        for name in ("base", "shape", "strides", "block_shape", "layout")
+    hooks=(  # of kernels/replay.py, which takes any kernel and descriptor
+        "triton.compiler.compiler.CompiledKernel.__getitem__",
+        "triton.experimental.gluon.nvidia.hopper.TensorDescriptor.base",
+        "triton.experimental.gluon.nvidia.hopper.TensorDescriptor.block_shape",
+        "triton.runtime.jit.JITFunction.arg_names",
     ),
 )
 LIBRARIES = {library.name: library for library in (VLLM, TRITON)}

@@ -1,6 +1,5 @@
 """What the Gluon kernels for sm_90 share: Triton's changing names, launch order, quantization."""
 
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -213,37 +212,23 @@ def _line_layout(bits: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(0, bits, 2)
 
 
-def _descriptor(
-    base: torch.Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int],
-    layout: gl.NVMMASharedLayout,
-) -> TensorDescriptor:  # fmt: skip
-    """As the constructor makes it, without its checks: what they ask, refusals of sm90 have asked.
-
-    Four of them are a tenth of what the host takes for a linear layer of many rows.
-    """
-    descriptor: TensorDescriptor = object.__new__(TensorDescriptor)
-    descriptor.base, descriptor.layout = base, layout
-    descriptor.shape, descriptor.strides, descriptor.block_shape = shape, strides, block
-    return descriptor
-
-
 def code_tiles(codes: torch.Tensor, rows: int) -> TensorDescriptor:
     """Tiles of `rows` x 128 e4m3 codes, swizzled as wgmma reads them; zeros outside the matrix."""
-    layout = _tile_layout(rows, 128, gl.float8e4nv)
-    return _descriptor(codes, codes.shape, codes.stride(), [rows, 128], layout)
+    return TensorDescriptor.from_tensor(codes, [rows, 128], _tile_layout(rows, 128, gl.float8e4nv))
 
 
 def result_tiles(out: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Tiles of `rows` x `columns` 16-bit results."""
-    layout = _tile_layout(rows, columns, gl.bfloat16)
-    return _descriptor(out, out.shape, out.stride(), [rows, columns], layout)
+    return TensorDescriptor.from_tensor(
+        out, [rows, columns], _tile_layout(rows, columns, gl.bfloat16)
+    )
 
 
 def scale_columns(scale: torch.Tensor, rows: int) -> TensorDescriptor:
     """Columns of `rows` of column-major scales [M, K/128]."""
     M, groups = scale.shape
     layout = _line_layout(8 * scale.element_size())
-    return _descriptor(scale, [groups, M], [scale.stride(1), 1], [1, rows], layout)
+    return TensorDescriptor(scale, [groups, M], [scale.stride(1), 1], [1, rows], layout)
 
 
 def column_major(scale: torch.Tensor) -> bool:
