@@ -93,10 +93,7 @@ def test_same_bits_as_step_by_step(sm90, monkeypatch, M, topk, E, H, I):  # noqa
         assert same_bits(run(sm90.experts, x, w, route), expected)
 
 
-@pytest.mark.parametrize("stages", [2, 3, 4])
-@pytest.mark.parametrize(("E", "H", "I"), [(32, 7168, 256), (8, 1024, 2048), (6, 400, 128)])
-def test_rings_of_a_chain(sm90, monkeypatch, stages, E, H, I):  # noqa: E741
-    """Units of the second product, fewer or more of them than a ring has stages for."""
+def use_chain(monkeypatch, stages):
     module = importlib.import_module("vllm_ue8m0.sm90.experts")
     rule = module.experts_config
 
@@ -105,12 +102,46 @@ def test_rings_of_a_chain(sm90, monkeypatch, stages, E, H, I):  # noqa: E741
 
     monkeypatch.setattr(module, "experts_config", chained)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize(("E", "H", "I"), [(32, 7168, 256), (8, 1024, 2048), (6, 400, 128)])
+def test_rings_of_a_chain(sm90, monkeypatch, stages, E, H, I):  # noqa: E741
+    """Units of the second product, fewer or more of them than a ring has stages for."""
+    use_chain(monkeypatch, stages)
     w = weights(E, H, I)
     for M in (1, 2, 9, 16):
         x, route = torch.randn(M, H, device="cuda", dtype=BF16), routing(M, 4, E)
         expected = step_by_step(sm90, x, w, route)
         for _ in range(10):
             assert same_bits(run(sm90.experts, x, w, route), expected)
+
+
+@pytest.mark.parametrize(("topk", "H", "I"), [(8, 1024, 2048), (8, 128, 128), (4, 7168, 256)])
+def test_one_token_in_a_chain(sm90, monkeypatch, topk, H, I):  # noqa: E741
+    """Ids that change just before, other ranks' and the same expert twice among them."""
+    use_chain(monkeypatch, 4)
+    E, num_global = 12, 16
+    w, x = weights(E, H, I), torch.randn(1, H, device="cuda", dtype=BF16)
+    scale, given = routing(1, topk, num_global, 0, num_global)
+    expert_map = torch.cat((torch.arange(E), torch.full((num_global - E,), -1)))
+    expert_map = expert_map[torch.randperm(num_global)].int().cuda()
+    ids = torch.empty_like(given)
+
+    def once():
+        ids.copy_(given)
+        return run(sm90.experts, x, w, (scale, ids), expert_map=expert_map)
+
+    once()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = once()
+    for i in range(200):
+        given.copy_(routing(1, topk, num_global, 0, 3 if i % 5 == 0 else num_global)[1])
+        expected = step_by_step(sm90, x, w, (scale, expert_map[given.long()]))
+        out.fill_(torch.nan)
+        graph.replay()
+        assert same_bits(out, expected)
 
 
 @pytest.mark.parametrize("M", [1, 7, 300])
