@@ -31,6 +31,9 @@ _LAZY = {
         "FusedMoEExpertsModular",
         "FusedMoEKernel",
     ),
+    "vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep": (
+        "MoEPrepareAndFinalizeNoDPEPModular",
+    ),
     "vllm.model_executor.layers.fused_moe.routed_experts": ("FusedMoeWeightScaleSupported",),
     "vllm.model_executor.layers.fused_moe.topk_weight_and_reduce": (
         "TopKWeightAndReduceDelegate",

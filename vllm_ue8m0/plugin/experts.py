@@ -100,9 +100,23 @@ class Ue8m0Experts(compat.FusedMoEExpertsModular):  # type: ignore[misc]
         expert_tokens_meta: Any,
         apply_router_weight_on_input: bool,
     ) -> None:
-        fmt: ExpertsFormat = self.quant_config.ue8m0
         if apply_router_weight_on_input:
             topk_weights = torch.ones_like(topk_weights)  # prepare has applied them
+        self.compute(output, hidden_states, w1, w2, topk_weights, topk_ids, expert_map, False)
+
+    def compute(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        expert_map: torch.Tensor | None,
+        weight_on_input: bool,
+    ) -> None:
+        """hidden_states [M, H] -> output [M, H], contiguous; topk_weights, topk_ids [M, topk]."""
+        fmt: ExpertsFormat = self.quant_config.ue8m0
         torch.ops.vllm_ue8m0.experts(
             output,
             hidden_states,
@@ -117,7 +131,7 @@ class Ue8m0Experts(compat.FusedMoEExpertsModular):  # type: ignore[misc]
             fmt.gran13,
             fmt.gran2,
             fmt.activation_scale,
-            False,
+            weight_on_input,
             expert_map,
         )
 

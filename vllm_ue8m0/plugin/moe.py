@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
-    """Creates, loads and encodes expert weights; `apply` hands them to the modular kernel."""
+    """Creates, loads and encodes expert weights; `apply` runs them, after an all-to-all if any."""
 
     experts_cls = Ue8m0Experts
 
@@ -215,6 +215,15 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
         shared_experts_input: torch.Tensor | None,
     ) -> Any:
         assert self.moe_kernel is not None
+        if isinstance(self.moe_kernel.prepare_finalize, compat.MoEPrepareAndFinalizeNoDPEPModular):
+            # Tokens stay where they are. vLLM's kernel would copy the result: 2 us of a decoded
+            # token's layer (H200, vLLM 0.26, 2026-11-30).
+            out = torch.empty_like(x, memory_format=torch.contiguous_format)
+            self.moe_kernel.fused_experts.compute(
+                out, x, layer.w13_weight, layer.w2_weight, topk_weights, topk_ids,
+                layer.expert_map, layer.apply_router_weight_on_input,
+            )  # fmt: skip
+            return out
         return self.moe_kernel.apply(
             hidden_states=x,
             w1=layer.w13_weight,
