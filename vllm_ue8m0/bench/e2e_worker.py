@@ -22,6 +22,8 @@ CODE_STD = 100.0  # of e4m3 codes
 WEIGHT_STD = 0.02  # of bf16 weights, as DeepSeek initializes them
 SCALE_EXPONENT = -14  # of weights: their values are about CODE_STD * 2^-14 = 0.006
 COVER_CYCLES = 20_000_000  # 10 ms at 2 GHz
+# After a profiler has started, which the first rank alone does: the others wait for it.
+SETTLING_STEPS = 3
 CHUNK_ROWS = 4096
 
 
@@ -94,7 +96,7 @@ class Watch:
         self.split: dict[str, Any] | None = None
 
     def begin(self, rows: int) -> None:
-        if rows == self.profile_rows:
+        if rows and rows == self.profile_rows:
             self._advance_profile()
         if self.timing and rows:
             if torch.cuda.is_available():
@@ -107,11 +109,15 @@ class Watch:
 
     def _advance_profile(self) -> None:
         self.seen += 1
-        if self.seen == self.skip + 1:
+        step = self.seen - self.skip
+        if step == 1:
             _synchronize()
-            self.profiler = torch.profiler.profile()
+            schedule = torch.profiler.schedule(wait=0, warmup=SETTLING_STEPS, active=self.count)
+            self.profiler = torch.profiler.profile(schedule=schedule)
             self.profiler.start()
-        elif self.seen == self.skip + self.count + 1:
+        elif 1 < step <= SETTLING_STEPS + self.count:
+            self.profiler.step()
+        elif step == SETTLING_STEPS + self.count + 1:
             _synchronize()
             self.profiler.stop()
             with tempfile.TemporaryDirectory() as folder:
@@ -183,7 +189,7 @@ def _us(start: Any, end: Any) -> float:
 
 
 def profile(worker: Any, rows: int, skip: int, count: int) -> None:
-    """Profile `count` steps of so many rows, after `skip` of them."""
+    """Profile `count` steps of so many rows, after `skip` and SETTLING_STEPS of them."""
     seen: Watch = worker.model_runner.ue8m0_watch
     seen.profile_rows, seen.skip, seen.count, seen.seen, seen.split = rows, skip, count, 0, None
 
