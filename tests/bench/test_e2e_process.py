@@ -22,9 +22,11 @@ with open({file!r} + ".part", "w") as file:
 os.rename({file!r} + ".part", {file!r})
 child.wait()
 """
+# A shell's background ignores SIGINT, and so does what tests that run there start.
 BENCH = """
-import os, sys
+import os, signal, sys
 from vllm_ue8m0.bench.e2e_process import started
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with started([sys.executable, "-c", {program!r}], os.environ) as process:
     process.wait()
 """
