@@ -63,6 +63,13 @@ def test_parts_add_up_to_the_time_in_which_the_gpu_worked():
     assert halved["parts"][LM_HEAD] == 15 and halved["kernels"][0][3] == 1
 
 
+def test_what_was_launched_before_steps_settled_is_left_out():
+    """It may have run afterwards: the host is ahead of the GPU."""
+    settled = {"cat": "user_annotation", "name": e2e_split.SETTLED, "ts": 60, "dur": 1}
+    found = e2e_split.split({"traceEvents": [*TRACE, settled]}, 1)["parts"]
+    assert found == {**dict.fromkeys(found, 0), SAMPLING: 5}
+
+
 @pytest.mark.parametrize(
     ("name", "part"),
     [

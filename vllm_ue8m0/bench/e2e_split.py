@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 RANGE = "ue8m0."  # names of ranges: RANGE + part
+SETTLED = "ue8m0: the steps that count begin"
 EXPERTS, LM_HEAD, ATTENTION, SAMPLING = "routed experts", "lm_head", "attention", "sampling"
 BF16, REST = "bf16 products", "rest"
 # bf16 products: the router's and MLA's absorbed ones, which are the same on both sides.
@@ -51,7 +52,8 @@ class Kernel:
 def split(trace: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """Of a Chrome trace of `steps` steps: {"parts": {part: us of a step}, "kernels": [...]}.
 
-    kernels: [name, part, us of a step, launches of a step], the TOP by time.
+    kernels: [name, part, us of a step, launches of a step], the TOP by time. What was launched
+    before a range SETTLED is left out, and no step of `steps`.
     """
     kernels = read(trace["traceEvents"])
     parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
@@ -77,6 +79,7 @@ def read(events: Iterable[Mapping[str, Any]]) -> list[Kernel]:
     launched: dict[Any, float] = {}
     ranges: list[tuple[float, float, str]] = []
     found: list[tuple[Kernel, Any]] = []
+    settled = 0.0
     for event in events:
         kind, args = event.get("cat"), event.get("args", {})
         if kind in ("cuda_runtime", "cuda_driver"):
@@ -84,10 +87,13 @@ def read(events: Iterable[Mapping[str, Any]]) -> list[Kernel]:
         elif kind == "user_annotation" and event["name"].startswith(RANGE):
             end = event["ts"] + event["dur"]
             ranges.append((event["ts"], end, event["name"].removeprefix(RANGE)))
+        elif kind == "user_annotation" and event["name"] == SETTLED:
+            settled = event["ts"]
         elif kind in ("kernel", "gpu_memcpy", "gpu_memset"):
             start = event["ts"]
             kernel = Kernel(event["name"], start, start + event["dur"], args.get("stream", 0))
             found.append((kernel, args.get("correlation")))
+    found = [pair for pair in found if launched.get(pair[1], pair[0].start) >= settled]
     found.sort(key=lambda pair: pair[0].start)
     for kernel, correlation in found:
         at = launched.get(correlation)

@@ -112,11 +112,11 @@ class Watch:
         step = self.seen - self.skip
         if step == 1:
             _synchronize()
-            schedule = torch.profiler.schedule(wait=0, warmup=SETTLING_STEPS, active=self.count)
-            self.profiler = torch.profiler.profile(schedule=schedule)
+            self.profiler = torch.profiler.profile()
             self.profiler.start()
-        elif 1 < step <= SETTLING_STEPS + self.count:
-            self.profiler.step()
+        elif step == SETTLING_STEPS + 1:
+            with torch.profiler.record_function(e2e_split.SETTLED):
+                pass
         elif step == SETTLING_STEPS + self.count + 1:
             _synchronize()
             self.profiler.stop()
