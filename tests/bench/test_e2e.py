@@ -128,6 +128,22 @@ def test_calls_may_each_do_a_part(started, tmp_path):
     assert found["prefill", 16384] == []
 
 
+def test_sides_may_be_measured_at_the_same_time(started, monkeypatch, tmp_path):
+    """What the other call keeps meanwhile is recorded too."""
+    out, relay = str(tmp_path / "e2e.jsonl"), e2e._relay
+    call = ["bench", "e2e", "--out", out, "--only", "prefill", "--side"]
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(e2e, "_relay", relay)
+        assert main([*call, "vllm_fp8"]) == 0
+        return relay(*arguments)
+
+    monkeypatch.setattr(e2e, "_relay", meanwhile)
+    assert main([*call, "ours"]) == 0
+    (record,) = records.read(out)
+    assert list(record.peers_us) == ["vllm_fp8"]
+
+
 def test_serve_alone(started, tmp_path, capsys):
     """It starts a server and nothing else; rates may be divided over calls."""
     out = tmp_path / "e2e.jsonl"

@@ -112,18 +112,18 @@ def measure(
     caches: a directory for the sides' caches, kept; start_warm alone needs what is there.
     """
     wanted: Sequence[str] = only or E2E_BENCHES
-    results: Results = {}
-    for side in QUANTIZATION:
-        kept = None if out is None else Path(f"{out}.{side}.json")
-        found = _kept(kept, setup)
+    paths = {side: None if out is None else Path(f"{out}.{side}.json") for side in QUANTIZATION}
+    results: Results = {side: _kept(path, setup) for side, path in paths.items()}
+    for side, path in paths.items():
         if side in sides:
             for result in _side(setup, side, wanted, caches, say):
-                found |= result
-                if kept is not None:
-                    kept.write_text(json.dumps({"setup": _plain(setup), "results": found}))
-        if found:
-            results[side] = found
-    return results
+                results[side] |= result
+                if path is not None:
+                    path.write_text(json.dumps({"setup": _plain(setup), "results": results[side]}))
+    for side, path in paths.items():
+        if side not in sides:  # the other call's, which may have measured meanwhile
+            results[side] = _kept(path, setup)
+    return {side: found for side, found in results.items() if found}
 
 
 def _plain(setup: Setup) -> Any:
