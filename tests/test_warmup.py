@@ -19,11 +19,40 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
 
-def operator(key, plan, most=5000, launched=None, fail=None):
+class Recorded(list):
+    """In place of Triton's caches: what would be compiled, noted while `active`."""
+
+    active = False
+
+    def note(self, kernel):
+        if kernel not in self:
+            self.append(kernel)
+
+
+@pytest.fixture(autouse=True)
+def recorded(monkeypatch):
+    found = Recorded()
+
+    @contextmanager
+    def recording():
+        found.active = True
+        yield found
+        found.active = False
+
+    monkeypatch.setattr(precompile, "recording", recording)
+    return found
+
+
+def operator(key, plan, most=5000, launched=None, fail=None, recorded=None):
+    """Kernels are by plan and by whether 16 divides the rows."""
+
     def launch(M):
         if fail is not None:
             raise fail
-        launched.append((key, M))
+        if recorded is not None and recorded.active:
+            recorded.note((key, plan(M), M % 16 == 0))
+        else:
+            launched.append((key, M))
 
     return Operator(key, plan, launch, most)
 
@@ -46,23 +75,31 @@ def test_candidates_end_with_the_most_rows(most):
     assert tiles == {-(-M // 128) for M in rows}
 
 
-def test_every_kernel_is_launched():
+def test_every_kernel_is_launched_once(recorded):
     launched, said = [], []
+    more = {"launched": launched, "recorded": recorded}
     layers = [
-        operator("a", lambda M: M > 64, 100, launched),
-        operator("a", lambda M: M > 64, 200, launched),  # the same shape, in a longer step
-        operator("b", lambda M: M > 64, 100, launched),
-        operator("c", lambda M: "other", 1, launched),
+        operator("a", lambda M: M > 64, 60, **more),
+        operator("a", lambda M: M > 64, 200, **more),  # the same shape, in a longer step
+        operator("b", lambda M: M > 64, 100, **more),
+        operator("c", lambda M: "other", 1, **more),
     ]
-    total = warmup.run(layers, said.append)
-    assert total == len(launched) == len(set(launched))
+    assert warmup.run(layers, said.append) == 9
     rows = {key: [M for k, M in launched if k == key] for key in "abc"}
-    assert rows["a"] == rows["b"] == [*range(1, 18), *range(65, 81)] and rows["c"] == [1]
-    assert "67 launches for 3 layer shapes" in said[0] and "every kernel is ready" in said[-1]
+    assert rows["a"] == rows["b"] == [1, 16, 65, 80] and rows["c"] == [1]
+    assert "9 kernels for 3 layer shapes" in said[0] and "every kernel is ready" in said[-1]
+
+
+def test_what_is_loaded_is_not_launched(recorded):
+    launched = []
+    recorded.append(("a", 0, False))
+    layer = operator("a", lambda M: 0, launched=launched, recorded=recorded)
+    warmup.run([layer], lambda line: None)
+    assert launched == [("a", 16)]
 
 
 @pytest.mark.parametrize("cold", [False, True])
-def test_the_first_kernel_that_is_compiled_has_all_compiled_ahead(monkeypatch, cold):
+def test_the_first_kernel_that_is_compiled_has_all_compiled_ahead(monkeypatch, recorded, cold):
     """From a third of the way on: other ranks begin elsewhere."""
     events, names = [], []
 
@@ -70,41 +107,42 @@ def test_the_first_kernel_that_is_compiled_has_all_compiled_ahead(monkeypatch, c
     def compilations():
         yield names
 
-    @contextmanager
-    def recording():
-        events.append("recording")
-        yield [f"kernel {i}" for i in range(6)]
-        events.append("recorded")
-
     def compile_all(kernels, capability, processes, progress):
         events.append((kernels, capability, processes))
         progress()
         return ["kernel 2: broken"]
 
     monkeypatch.setattr(precompile, "compilations", compilations)
-    monkeypatch.setattr(precompile, "recording", recording)
     monkeypatch.setattr(precompile, "precompile", compile_all)
 
     def launch(M):
+        if recorded.active:
+            recorded.note(f"kernel {M}")
+            return
         events.append(M)
         if cold and M >= 2:
             names.append("_kernel")
 
     said = []
-    warmup.run([Operator("a", lambda M: M, launch, 3)], said.append, processes=5)
+    assert warmup.run([Operator("a", lambda M: M, launch, 6)], said.append, processes=5) == 6
     if not cold:
-        assert events == [1, 2, 3]
+        assert events == [1, 2, 3, 4, 5, 6]
         return
-    ahead = [f"kernel {i}" for i in (3, 4, 5, 0, 1, 2)]
-    assert events == [1, 2, "recording", 1, 2, 3, "recorded", (ahead, 90, 5), 3]
+    ahead = [f"kernel {i}" for i in (4, 5, 6, 1, 2, 3)]
+    assert events == [1, 2, (ahead, 90, 5), 3, 4, 5, 6]
     assert "6 kernels are compiled, in 5 processes" in said[1]
     assert said[2] == "warm-up: not compiled ahead: kernel 2: broken"
 
 
-def test_memory_that_is_not_there_is_a_warning():
+def test_memory_that_is_not_there_is_a_warning(recorded):
     said = []
-    warmup.run([operator("a", lambda M: 0, 2, fail=torch.OutOfMemoryError())], said.append)
-    assert "no memory for 1 rows" in said[1] and "every kernel is ready" in said[-1]
+
+    def launch(M):
+        recorded.note(M)
+        raise torch.OutOfMemoryError
+
+    warmup.run([Operator("a", lambda M: 0, launch, 2)], said.append)
+    assert "no memory for 1 rows" in said[0] and "every kernel is ready" in said[-1]
 
 
 def test_other_errors_are_raised():
@@ -112,10 +150,10 @@ def test_other_errors_are_raised():
         warmup.run([operator("a", lambda M: 0, fail=RuntimeError("a kernel"))], lambda line: None)
 
 
-def test_long_warm_ups_say_how_far_they_are(monkeypatch):
+def test_long_warm_ups_say_how_far_they_are(monkeypatch, recorded):
     monkeypatch.setattr(warmup, "SAY_SECONDS", 0.0)
     said = []
-    warmup.run([operator("a", lambda M: 0, 2, [])], said.append)
+    warmup.run([operator("a", lambda M: M, 2, [], recorded=recorded)], said.append)
     assert said[1:-1] == [f"warm-up: {done} of 2 launches" for done in (1, 2)]
 
 

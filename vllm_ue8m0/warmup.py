@@ -6,13 +6,15 @@ from the number of rows alone. A backend's `linear_plan` and `experts_plan` give
 for a number of rows, by the rules that launch; `representatives` tries all numbers that can matter
 and keeps the least of each plan and remainder of 16, which is what strides are made of.
 
-These are launched for real, so that kernels are loaded too: vLLM's JIT monitor counts a kernel that
-comes from Triton's cache on disk while serving as it does one that is compiled. When the first one
-has to be compiled, all are, in a process for each core; kernels/precompile.py.
+Few of these need kernels that none before them needs, which Triton tells without launching any
+(kernels/precompile.py). They are launched for real, so that kernels are loaded too: vLLM's JIT
+monitor counts a kernel that comes from Triton's cache on disk while serving as it does one that is
+compiled. When the first one has to be compiled, all are, in a process for each core.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -68,7 +70,9 @@ def linear(
     dtype: torch.dtype, w: torch.Tensor, sf: torch.Tensor, c: torch.Tensor | None,
     bias: torch.Tensor | None, gran: Sequence[int], activation_scale: str, most: int,
 ) -> Operator | None:  # fmt: skip
-    """`linear` of a layer with activations of `dtype`; None where nothing is compiled."""
+    """`linear` of a layer with activations of `dtype`, and of codes that a norm before it writes;
+    None where nothing is compiled.
+    """
     backend = _compiling("linear", w.device)
     if backend is None:
         return None
@@ -77,7 +81,10 @@ def linear(
         return torch.zeros(M, w.shape[1], dtype=dtype, device=w.device)
 
     def launch(M: int) -> None:
-        backend.linear(rows(M), w, sf, c, bias, gran, activation_scale)
+        x, weight = rows(M), torch.zeros(w.shape[1], dtype=dtype, device=w.device)
+        layer = w, sf, c, bias, gran, activation_scale
+        backend.linear(x, *layer)
+        backend.norm_linear(x, weight, 1e-6, None, False, *layer)
 
     plan = backend.linear_plan(rows(1), w, sf, gran, activation_scale)
     key = "linear", dtype, *map(_kind, (w, sf, c, bias)), tuple(gran), activation_scale
@@ -133,7 +140,7 @@ def _kind(tensor: torch.Tensor | None) -> Hashable:
 
 
 def run(operators: Sequence[Operator], say: Say, processes: int | None = None) -> int:
-    """Launch every kernel of these operators; how many launches that took.
+    """Launch every kernel of these operators; how many there are that were not loaded.
 
     `say` gets a line before, every few seconds, and after. Where memory runs out, it gets a
     warning: the kernel is compiled when a step first needs it. Other errors are raised.
@@ -146,39 +153,34 @@ def run(operators: Sequence[Operator], say: Say, processes: int | None = None) -
         known = distinct.setdefault(operator.key, operator)
         if known.most < operator.most:
             distinct[operator.key] = operator
-    launches = _launches(list(distinct.values()))
-    if not launches:
+    if not distinct:
         return 0
-    say(f"warm-up: {len(launches)} launches for {len(distinct)} layer shapes")
-    progress, processes = _Progress(len(launches), "launches", say), processes or _processes()
+    needed: list[tuple[Operator, int]] = []
+    with precompile.recording() as kernels:
+        for operator in distinct.values():
+            for M in itertools.chain(*operator.representatives().values()):
+                before = len(kernels)
+                _launch(operator, M, say)
+                if len(kernels) > before:
+                    needed.append((operator, M))
+    say(f"warm-up: {len(kernels)} kernels for {len(distinct)} layer shapes")
+    progress, processes = _Progress(len(needed), "launches", say), processes or _processes()
     with precompile.compilations() as compiled:
-        for operator, M in launches:
+        for operator, M in needed:
             _launch(operator, M, say)
             if compiled and processes > 1:
-                _compile(launches, processes, say)
+                _compile(kernels, processes, say)
                 processes = 1
             progress.step()
     torch.cuda.synchronize()
     say(f"warm-up: every kernel is ready, {time.monotonic() - started:.1f} s")
-    return len(launches)
+    return len(kernels)
 
 
-def _launches(operators: Sequence[Operator]) -> list[tuple[Operator, int]]:
-    return [
-        (operator, M)
-        for operator in operators
-        for rows in operator.representatives().values()
-        for M in rows
-    ]
-
-
-def _compile(launches: Sequence[tuple[Operator, int]], processes: int, say: Say) -> None:
-    """All kernels of these launches, into Triton's cache on disk."""
+def _compile(kernels: list[Any], processes: int, say: Say) -> None:
+    """Kernels that were recorded, into Triton's cache on disk."""
     from .kernels import precompile
 
-    with precompile.recording() as kernels:
-        for operator, M in launches:
-            _launch(operator, M, say)
     # Ranks beside this one compile the same kernels: each begins elsewhere, and finds on disk what
     # the others have done.
     begin = torch.cuda.current_device() * len(kernels) // _ranks()

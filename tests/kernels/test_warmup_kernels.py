@@ -49,7 +49,7 @@ def test_every_kernel_is_warmed_up(number):
 
 
 def check(number, operator, seen, rows) -> None:
-    """Prints kernels that only `rows` launch, kernels in all, launches of a warm-up."""
+    """Prints kernels that only `rows` launch, kernels in all, numbers of rows that are tried."""
     representatives = [M for some in operator.representatives().values() for M in some]
     for M in representatives:
         operator.launch(M)
@@ -79,6 +79,7 @@ def main() -> None:
         grouped_gemm,
         hopper_config,
         prefill_gemm,
+        rms_norm_quant,
         route,
         route_quant,
         silu_mul_quant,
@@ -104,7 +105,7 @@ def main() -> None:
 
     modules = (
         act_quant, decode_gemm, expert_chain, expert_decode, expert_prefill, gemm, grouped_gemm,
-        prefill_gemm, route, route_quant, silu_mul_quant,
+        prefill_gemm, rms_norm_quant, route, route_quant, silu_mul_quant,
     )  # fmt: skip
     for module in modules:
         for name, value in vars(module).items():
