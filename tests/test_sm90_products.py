@@ -51,17 +51,20 @@ def test_activations_are_quantized_inside_or_before(launches, kind):
 
 @pytest.mark.parametrize("kind", ["ue8m0", "fp32"])
 @pytest.mark.parametrize(("added", "normed"), [(False, False), (True, False), (True, True)])
-def test_what_is_before_a_product_quantizes_unless_it_does(
-    launches, monkeypatch, kind, added, normed
-):
+def test_what_is_before_a_product_quantizes(launches, monkeypatch, kind, added, normed):
     x, gate_up, weight = torch.ones(100, 2048), torch.ones(100, 4096), torch.ones(2048)
     product = (W, SF, None, None, (128, 128), kind)
-    for name in ("add_rms_norm", "rms_norm_quant", "silu_mul_quant"):
-        operator = lambda *a, name=name, **k: (  # noqa: E731
-            launches.append((name, k)) or getattr(reference, name)(*a, **k)
-        )
-        monkeypatch.setattr(products.portable, name, operator)
-    monkeypatch.setattr(products, "silu_mul", reference.silu_mul)
+
+    def noted(name):
+        def operator(x, *args, shared=None, factor=1.0, **more):
+            launches.append((name, more))
+            x = x if shared is None else x * factor + shared
+            return getattr(reference, name)(x, *args, **more)
+
+        return operator
+
+    for name in ("rms_norm_quant", "silu_mul_quant"):
+        monkeypatch.setattr(products.portable, name, noted(name))
     for M, kernel in ((0, None), (1, "decode_gemm"), (40, "decode_gemm"), (100, "prefill_gemm")):
         norm = weight, 1e-6, x[:M] if added else None
         launches.clear()
@@ -69,20 +72,37 @@ def test_what_is_before_a_product_quantizes_unless_it_does(
         wanted, *total = reference.add_rms_norm(x[:M], *norm)
         assert out.shape == (M, 640) and len(rest) == added + normed
         assert all(map(torch.equal, rest, total + [wanted] * normed))
-        quantizes = M > 1
-        assert launches[0][0] == ("rms_norm_quant" if quantizes else "add_rms_norm")
-        if quantizes:
-            assert launches[0][1] == {"layout": "mn_major", "normed": normed}
+        assert launches[0] == ("rms_norm_quant", {"layout": "mn_major", "normed": normed})
         if kernel is not None:
             name, a, a_s, *_ = launches[-1]
-            assert name == kernel and (a_s is not None) == quantizes
-            assert a.dtype == (products.E4M3 if quantizes else torch.float32)
+            assert name == kernel and a.dtype == products.E4M3 and a_s.shape == (M, 16)
+        found = products.norm_linear(x[:M] * 2, *norm, normed, *product, -x[:M], 1.0)
+        assert all(map(torch.equal, found[1:], rest))
         launches.clear()
         assert products.silu_mul_linear(gate_up[:M], *product).shape == (M, 640)
-        assert [entry[0] for entry in launches[:-1]] == ["silu_mul_quant"] * quantizes
+        assert launches[0] == ("silu_mul_quant", {"layout": "mn_major"})
         if kernel is not None:
             name, a, a_s, *_ = launches[-1]
-            assert name == kernel and a.shape == (M, 2048) and (a_s is not None) == quantizes
+            assert name == kernel and a.shape == (M, 2048) and a_s.shape == (M, 16)
+
+
+@pytest.mark.parametrize("kind", ["ue8m0", "fp32"])
+def test_the_first_of_two_norms_is_multiplied(launches, monkeypatch, kind):
+    x, weight, side_weight = torch.randn(100, 2048 + 512 + 64), torch.rand(2048), torch.rand(512)
+
+    def both(x, *arguments):
+        launches.append(("both", *arguments))
+        return [codes(len(x), 2048), torch.ones(16, len(x)).mT, "side", "rest"]
+
+    monkeypatch.setattr(products, "latent_norm_quant", both)
+    for M, kernel in ((1, "decode_gemm"), (40, "decode_gemm"), (100, "prefill_gemm")):
+        launches.clear()
+        norms = weight, 1e-6, side_weight, 1e-5
+        out, *rest = products.latent_linear(x[:M], *norms, W, SF, None, None, (128, 128), kind)
+        assert out.shape == (M, 640) and rest == ["side", "rest"]
+        (_, *given), (name, a, a_s, *_) = launches
+        assert given == [*norms, 128, kind == "ue8m0", "mn_major"]
+        assert name == kernel and a.dtype == products.E4M3 and a_s.shape == (M, 16)
 
 
 def test_codes_are_multiplied_as_they_are(launches):

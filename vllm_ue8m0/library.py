@@ -34,6 +34,9 @@ _SCHEMAS = {
     "linear": "(Tensor x, Tensor w, Tensor sf, Tensor? c, Tensor? bias, int[] gran,"
     " str activation_scale) -> Tensor",
     "norm_linear": "(Tensor x, Tensor norm_weight, float eps, Tensor? residual, bool normed,"
+    " Tensor w, Tensor sf, Tensor? c, Tensor? bias, int[] gran, str activation_scale,"
+    " Tensor? shared=None, float factor=1.0) -> Tensor[]",
+    "latent_linear": "(Tensor x, Tensor norm_weight, float eps, Tensor side_weight, float side_eps,"
     " Tensor w, Tensor sf, Tensor? c, Tensor? bias, int[] gran, str activation_scale) -> Tensor[]",
     "silu_mul_linear": "(Tensor gate_up, Tensor w, Tensor sf, Tensor? c, Tensor? bias, int[] gran,"
     " str activation_scale) -> Tensor",
@@ -106,10 +109,20 @@ def _fake_linear(x: torch.Tensor, w: torch.Tensor, *rest: Any) -> torch.Tensor:
 
 def _fake_norm_linear(
     x: torch.Tensor, norm_weight: torch.Tensor, eps: float, residual: torch.Tensor | None,
-    normed: bool, w: torch.Tensor, *rest: Any,
+    normed: bool, w: torch.Tensor, *rest: Any, **more: Any,
 ) -> list[torch.Tensor]:  # fmt: skip
     extra = (residual is not None) + normed
     return [_fake_linear(x, w), *(x.new_empty(x.shape) for _ in range(extra))]
+
+
+def _fake_latent_linear(
+    x: torch.Tensor, norm_weight: torch.Tensor, eps: float, side_weight: torch.Tensor,
+    side_eps: float, w: torch.Tensor, *rest: Any,
+) -> list[torch.Tensor]:  # fmt: skip
+    M, columns = x.shape
+    L = side_weight.shape[0]
+    widths = w.shape[0], L, columns - norm_weight.shape[0] - L
+    return [x.new_empty((M, width)) for width in widths]
 
 
 def _fake_experts(out: torch.Tensor, *rest: Any, **more: Any) -> None:
@@ -126,6 +139,7 @@ _FAKES = {
     "gemm": _fake_gemm,
     "linear": _fake_linear,
     "norm_linear": _fake_norm_linear,
+    "latent_linear": _fake_latent_linear,
     "silu_mul_linear": _fake_linear,
     "experts": _fake_experts,
     "batched_experts": _fake_experts,
@@ -133,7 +147,7 @@ _FAKES = {
 
 
 # Operators of the same backend.
-_PART_OF = {"norm_linear": "linear", "silu_mul_linear": "linear"}
+_PART_OF = dict.fromkeys(("norm_linear", "latent_linear", "silu_mul_linear"), "linear")
 
 
 def _register(name: str) -> None:

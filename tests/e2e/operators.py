@@ -6,7 +6,7 @@ too; a CUDA graph that is replayed does not.
 
 import torch
 
-NAMES = ("linear", "norm_linear", "silu_mul_linear", "experts")
+NAMES = ("linear", "norm_linear", "latent_linear", "silu_mul_linear", "experts")
 _calls: dict = {}
 _originals: dict = {}
 
@@ -30,11 +30,15 @@ def _recording(name, operator):
             kept = [a.clone() if i in (6, 7) else a for i, a in enumerate(args)]
         # Of what is before a layer, only how its result is quantized is compared.
         if name == "norm_linear":
-            given, kept = _normed(x, *args[:3]), args[4:]
+            shared, factor = args[10:] or (None, 1.0)
+            summed = x if shared is None else x * factor + shared
+            given, kept = _normed(summed, *args[:3]), args[4:10]
+        elif name == "latent_linear":
+            given, kept = _normed(x[:, : len(args[0])], *args[:2]), args[4:]
         elif name == "silu_mul_linear":
             given = _activated(x)
         result = operator(x, *args, **kwargs)
-        product = result[0] if name == "norm_linear" else result
+        product = result[0] if isinstance(result, list) else result
         call = name, given, list(kept), product.clone()
         _calls.setdefault(kept[0].data_ptr(), []).append(call)
         return result
@@ -42,7 +46,7 @@ def _recording(name, operator):
     return record
 
 
-def _normed(x, weight, eps, residual):
+def _normed(x, weight, eps, residual=None):
     from vllm_ue8m0 import dispatch
 
     norms = dispatch.choose("add_rms_norm", x.device.type).load()

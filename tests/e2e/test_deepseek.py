@@ -151,8 +151,10 @@ def test_every_layer_rounds_as_asked(prompts, served, scale, engine):
         assert calls, name
         bound = EXPERTS_DIFF if "experts" in name and "shared" not in name else PRODUCT_DIFF
         expected = "experts" if name.endswith("routed_experts") else "linear"
-        if engine and name.endswith(("fused_qkv_a_proj", "q_b_proj", "0.mlp.gate_up_proj")):
+        if engine and name.endswith(("fused_qkv_a_proj", "0.mlp.gate_up_proj")):
             expected = "norm_linear"
+        if engine and name.endswith("q_b_proj"):
+            expected = "latent_linear"
         if engine and name.endswith("0.mlp.down_proj"):
             expected = "silu_mul_linear"
         for operator, rows, diffs in calls:

@@ -15,7 +15,7 @@ KERNELS = Path(__file__).parents[2] / "vllm_ue8m0/kernels"
 BYTES, CODES, F32, BF16, I32, I64 = "*u8", "*fp8e4nv", "*fp32", "*bf16", "*i32", "*i64"
 # Every value of these is a multiple of 16 where it matters: 16-byte accesses.
 ALIGNED = ("N", "K", "stride_am", "stride_wn", "stride_we", "stride_xm", "stride_m", "stride_rm")
-ALIGNED += ("stride_xe", "stride_e", "stride_ae")
+ALIGNED += ("stride_xe", "stride_e", "stride_ae", "L", "R")
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -61,7 +61,7 @@ def test_shared_memory_suffices(capability):
 def test_quantization_compiles(capability):
     lines = report(__file__, capability)
     kernels = {name: line for name, line in lines.items() if "quant" in name or "silu" in name}
-    assert len(kernels) == 11
+    assert len(kernels) == 13
     for name, line in kernels.items():
         if name in ("act_quant ue8m0", "silu_mul_quant", "rms_norm_quant"):
             assert "ld.global.v4.b32" in line and "st.global.v4.b32" in line  # 16 bytes each
@@ -126,7 +126,7 @@ class Compiler:
             if argument in constants:
                 signature[argument] = "constexpr"
                 continue
-            default = "fp32" if argument == "eps" else "i32"
+            default = "fp32" if argument in ("eps", "side_eps", "factor") else "i32"
             signature[argument] = pointers.get(argument, default)
             if argument in pointers or argument in ALIGNED:
                 attributes[(i,)] = [["tt.divisibility", 16]]
@@ -166,13 +166,23 @@ def compile_quantization(build, capability: int) -> None:
     pointers = dict.fromkeys(("x", "residual", "weight", "residual_out", "normed"), BF16)
     pointers |= {"q": BYTES, "s": BYTES}
     row = {**tile, **plain, "GROUPS": 64, "HAS_RESIDUAL": True}
-    row |= {"HAS_NORMED": True, "QUANTIZE": True}
+    row |= {"HAS_NORMED": True, "QUANTIZE": True, "HAS_SHARED": False, "shared": None}
     del row["ROWS"]
     build("rms_norm_quant", kernel, pointers, row, num_warps=8)
     constants = {**row, "HAS_NORMED": False, "normed": None}
     build("rms_norm_quant fp32", kernel, pointers | {"s": F32}, constants, num_warps=8)
     constants = {**row, "QUANTIZE": False, "q": None, "s": None}
     build("rms_norm", kernel, pointers, constants, num_warps=8)
+    del row["shared"]
+    constants = {**row, "HAS_SHARED": True}
+    build("rms_norm_quant of a sum", kernel, pointers | {"shared": BF16}, constants, num_warps=8)
+    kernel = rms_norm_quant._latent_norm_quant_kernel
+    pointers = dict.fromkeys(("x", "weight", "side_weight", "side", "rest"), BF16)
+    pointers |= {"q": BYTES, "s": BYTES}
+    row = {**tile, **plain, "GROUPS": 16, "REST": 64}
+    for name in ("ROWS", "PACKED"):
+        del row[name]
+    build("latent_norm_quant", kernel, pointers, row, num_warps=8)
     kernel = weight_quant._weight_quant_kernel
     for name, scale in (("ue8m0", BYTES), ("fp32", F32)):
         pointers = {"w": BF16, "q": BYTES, "s": scale}

@@ -135,6 +135,7 @@ def test_errors_name_what_is_wrong(device):
 def test_opcheck(backend, device):
     op = torch.ops.vllm_ue8m0
     x, w = torch.randn(3, 64, device=device).bfloat16(), random_codes(70, 64, device=device)
+    both, block = torch.cat([x, x], 1), list(GRAN)
     q, s = ops.act_quant(x, scale_fmt="ue8m0")
     sf, c = random_scale(1, 1, dtype=U8, device=device), torch.rand(1, device=device)
     bias = torch.randn(70, device=device).bfloat16()
@@ -161,8 +162,10 @@ def test_opcheck(backend, device):
         ("linear", (x, w, sf, None, bias, [128, 128], "ue8m0")),
         ("linear", (x, w, sf, None, None, [128, 128], "none")),
         ("norm_linear", (x, weight, 1e-6, x, True, w, sf, c, bias, [128, 128], "ue8m0")),
+        ("norm_linear", (x, weight, 1e-6, x, True, w, sf, c, bias, block, "ue8m0", -x, 0.5)),
         ("norm_linear", (x, weight, 1e-6, None, False, w, sf, None, None, [128, 128], "none")),
-        ("silu_mul_linear", (torch.cat([x, x], 1), w, sf, c, bias, [128, 128], "ue8m0")),
+        ("latent_linear", (both, weight, 1e-6, weight[:9], 1.0, w, sf, c, bias, block, "fp32")),
+        ("silu_mul_linear", (both, w, sf, c, bias, [128, 128], "ue8m0")),
         ("experts", (torch.zeros_like(x), *experts, "ue8m0", False, places.view(-1).int())),
         (
             "batched_experts",
@@ -205,6 +208,36 @@ def test_a_linear_layer_that_takes_its_norm(backend, device, scale, residual, no
         wanted = [op.linear(result, *layer, scale), *total, *([result] if normed else [])]
         found = op.norm_linear(x, *norm, normed, *layer, scale)
         assert len(found) == len(wanted) and all(map(same_bits, found, wanted)), M
+        shared = torch.randn(M, K + 8, device=device).bfloat16()[:, :K]
+        for dtype in (BF16, torch.float32):
+            bias = None if layer[3] is None else layer[3].to(dtype)
+            product = *layer[:3], bias, layer[4], scale
+            x, shared, residual_ = (t.to(dtype) for t in (x, shared, added))
+            summed = x * 2.5 + shared
+            norm = weight, 1e-6, residual_ if residual else None
+            wanted = op.norm_linear(summed, *norm, normed, *product)
+            found = op.norm_linear(x, *norm, normed, *product, shared, 2.5)
+            assert len(found) == len(wanted) and all(map(same_bits, found, wanted)), (M, dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("scale", ["ue8m0", "fp32", "none"])
+def test_a_linear_layer_that_takes_two_norms(backend, device, scale, dtype):
+    """The bits of two norms and a linear layer; what is left of the rows is a copy."""
+    op, K = torch.ops.vllm_ue8m0, 400
+    for L, R in ((136, 64), (400, 0), (520, 24)):
+        weight, side_weight = (torch.rand(size, device=device).to(dtype) for size in (K, L))
+        for M, (w, sf, c, bias, gran) in layers(device, K=K):
+            layer = w, sf, c, None if bias is None else bias.to(dtype), gran, scale
+            x = torch.randn(M, 2 * K + 1000, device=device).to(dtype)[:, : K + L + R]
+            wanted = [
+                *op.norm_linear(x[:, :K], weight, 1e-6, None, False, *layer),
+                *op.add_rms_norm(x[:, K : K + L], side_weight, 1e-3),
+                x[:, K + L :],
+            ]
+            found = op.latent_linear(x, weight, 1e-6, side_weight, 1e-3, *layer)
+            assert len(found) == 3 and all(map(same_bits, found, wanted)), (L, M)
+            assert all(t.is_contiguous() for t in found)
 
 
 @pytest.mark.parametrize("scale", ["ue8m0", "fp32", "none"])

@@ -183,7 +183,11 @@ def cases(backend):
                 residual = activations(M, K, offset) if extra else None
                 if kind != "none":
                     backend.norm_linear(x, empty(K), 1e-6, residual, extra, *rest)
+                    both = activations(M, K, offset), 2.5
+                    backend.norm_linear(x, empty(K), 1e-6, residual, extra, *rest, *both)
                     backend.silu_mul_linear(activations(M, 2 * K, offset), *rest)
+                    rows = activations(M, K + 160 + 32 * extra, offset)
+                    backend.latent_linear(rows, empty(K), 1e-6, empty(160), 1e-6, *rest)
 
             yield dense
 

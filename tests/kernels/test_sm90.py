@@ -174,6 +174,40 @@ def test_a_linear_layer_that_takes_its_norm(sm90, M, kind):
         found = sm90.norm_linear(x, *norm, True, *product)
         assert len(found) == len(wanted) and all(map(same_bits, found, wanted))
         assert len(sm90.norm_linear(x, *norm, False, *product)) == len(wanted) - 1
+        shared = torch.randn(M, K, device="cuda", dtype=BF16)
+        wanted = sm90.norm_linear(x * 2.5 + shared, *norm, True, *product)
+        found = sm90.norm_linear(x, *norm, True, *product, shared, 2.5)
+        assert len(found) == len(wanted) and all(map(same_bits, found, wanted))
+
+
+@pytest.mark.parametrize("M", [0, 1, 8, 33, 300])
+@pytest.mark.parametrize("kind", ["ue8m0", "fp32", "none"])
+@pytest.mark.parametrize(
+    ("N", "K", "L", "R", "dtype"),
+    [
+        (24576, 1536, 512, 64, BF16),
+        (256, 1536, 1536, 0, torch.float16),
+        (192, 1040, 200, 63, BF16),
+        (256, 7168, 2048, 8, BF16),
+        (256, 16384, 1000, 64, BF16),
+        (256, 16384, 4000, 64, BF16),
+        (256, 1536, 512, 64, F32),
+        (256, 512, 1024, 64, BF16),
+    ],
+)
+def test_a_linear_layer_that_takes_two_norms(sm90, M, N, K, L, R, dtype, kind):
+    """The bits of each alone: the two sums of one kernel are in the order of a kernel for each."""
+    _, _, w, sf = operands(1, N, K)
+    x = torch.randn(M, K + L + R, device="cuda").to(dtype) * 3
+    weight, side_weight = (torch.rand(size, device="cuda").to(dtype) for size in (K, L))
+    product = (w, sf, None, None, GRAN, kind)
+    found = sm90.latent_linear(x, weight, 1e-6, side_weight, 1e-5, *product)
+    wanted = [
+        *sm90.norm_linear(x[:, :K], weight, 1e-6, None, False, *product),
+        *portable.add_rms_norm(x[:, K : K + L], side_weight, 1e-5),
+        x[:, K + L :],
+    ]
+    assert len(found) == 3 and all(map(same_bits, found, wanted))
 
 
 @pytest.mark.parametrize("M", [1, 9, 64, 300])

@@ -127,6 +127,151 @@ def test_norms_of_strided_rows_too(config):
     assert fused(two_in_a_row, operands()) == 2
 
 
+def experts_sum(x, residual, weight, w, sf):
+    """As of vLLM's experts: shared ones + routed ones * factor."""
+    routed, shared = x * x, x - 1
+    normed, total = ir.ops.fused_add_rms_norm(shared + routed * 2.5, residual, weight, EPS)
+    return [linear(normed, w, sf), total, shared * 2]
+
+
+def experts_sum_in_shapes(x, residual, weight, w, sf):
+    total = ((x * x) * 0.3).view(-1, K) + (x - 1)
+    return [linear(ir.ops.rms_norm(total.view(-1, K), weight, EPS), w, sf)]
+
+
+def sum_read_again(x, residual, weight, w, sf):
+    total = (x * x) * 2.5 + (x - 1)
+    return [linear(ir.ops.rms_norm(total, weight, EPS), w, sf), total]
+
+
+def sum_of_other_factor(x, residual, weight, w, sf):
+    return [linear(ir.ops.rms_norm((x * x) * x + (x - 1), weight, EPS), w, sf)]
+
+
+def sum_with_number(x, residual, weight, w, sf):
+    return [linear(ir.ops.rms_norm((x * x) * 2.5 + 1, weight, EPS), w, sf)]
+
+
+def sum_of_a_row(x, residual, weight, w, sf):
+    return [linear(ir.ops.rms_norm(x * 2.5 + weight, weight, EPS), w, sf)]
+
+
+def sum_with_alpha(x, residual, weight, w, sf):
+    return [linear(ir.ops.rms_norm(torch.add(x - 1, x * 2.5, alpha=2), weight, EPS), w, sf)]
+
+
+@pytest.mark.parametrize(
+    ("function", "taken"),
+    [
+        (experts_sum, 1),
+        (experts_sum_in_shapes, 1),
+        (sum_read_again, 0),
+        (sum_of_other_factor, 0),
+        (sum_with_number, 0),
+        (sum_of_a_row, 0),
+        (sum_with_alpha, 0),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_sum_of_experts_is_taken(config, monkeypatch, function, taken, dtype):
+    """With its norm, in 16 bits, where both steps are rounded."""
+    sums, found = [], fusion._experts_sum
+    monkeypatch.setattr(fusion, "_experts_sum", lambda node: sums.append(found(node)) or sums[-1])
+    x, residual, weight, w, sf = operands()
+    assert fused(function, (x.to(dtype), residual.to(dtype), weight, w, sf)) == 1
+    assert [total is not None for total in sums] == [bool(taken and dtype == torch.bfloat16)]
+
+
+Q, L, R = 256, 128, 64  # columns of compressed queries; of keys and values; of keys' rotary part
+
+
+def latent_operands():
+    """qkv, the norms' weights, w, sf."""
+    *_, w, sf = operands()
+    return torch.randn(M, Q + L + R).bfloat16(), torch.rand(Q).bfloat16(), torch.rand(L), w, sf
+
+
+def latent(qkv, q_weight, kv_weight, w, sf):
+    """As vLLM's MLA."""
+    q, kv = (qkv + 1).split([Q, L + R], dim=-1)
+    q = linear(ir.ops.rms_norm(q, q_weight, EPS), w, sf)
+    kv, k = kv.split([L, R], dim=-1)
+    return [q[:, ::2] * 2, ir.ops.rms_norm(kv, kv_weight, 2 * EPS), k.unsqueeze(1) * 2]
+
+
+def latent_sliced(qkv, q_weight, kv_weight, w, sf):
+    """Keys first, lowered, and the rest unused."""
+    qkv = qkv + 1
+    (kv,) = OPS.add_rms_norm(qkv[:, Q : Q + L], kv_weight, EPS)
+    return [kv, linear(ir.ops.rms_norm(qkv[:, :Q], q_weight, EPS), w, sf)]
+
+
+def latent_read_again(qkv, q_weight, kv_weight, w, sf):
+    """The rows and their rotary part by others too, and before."""
+    qkv = qkv + 1
+    early = qkv[:, -R:].sum()
+    q, kv, k = qkv.split([Q, L, R], dim=-1)
+    kv = ir.ops.rms_norm(kv, kv_weight, EPS)
+    return [linear(ir.ops.rms_norm(q, q_weight, EPS), w, sf) + early, kv, kv - 1, qkv - 1, k + 1]
+
+
+@pytest.mark.parametrize("function", [latent, latent_sliced, latent_read_again])
+def test_both_norms_of_a_latent_are_taken(config, function):
+    assert fused(function, latent_operands(), OPS.latent_linear.default) == 1
+
+
+def queries_read_again(qkv, q_weight, kv_weight, w, sf):
+    """As by the indexer of DeepSeek-V3.2."""
+    q, kv, k = (qkv + 1).split([Q, L, R], dim=-1)
+    q = ir.ops.rms_norm(q, q_weight, EPS)
+    return [linear(q, w, sf), ir.ops.rms_norm(kv, kv_weight, EPS), k + 1, q + 1]
+
+
+def other_columns(qkv, q_weight, kv_weight, w, sf):
+    qkv = qkv + 1
+    kv = ir.ops.rms_norm(qkv[:, Q + 1 : Q + 1 + L], kv_weight, EPS)
+    return [linear(ir.ops.rms_norm(qkv[:, :Q], q_weight, EPS), w, sf), kv]
+
+
+def every_other_column(qkv, q_weight, kv_weight, w, sf):
+    qkv = torch.cat([qkv, qkv], 1)
+    kv = ir.ops.rms_norm(qkv[:, Q : Q + 2 * L : 2], kv_weight, EPS)
+    return [linear(ir.ops.rms_norm(qkv[:, :Q], q_weight, EPS), w, sf), kv]
+
+
+def other_rows(qkv, q_weight, kv_weight, w, sf):
+    qkv = torch.cat([qkv, qkv])
+    kv = ir.ops.rms_norm(qkv[len(qkv) // 2 :, Q : Q + L], kv_weight, EPS)
+    return [linear(ir.ops.rms_norm(qkv[:, :Q], q_weight, EPS), w, sf), kv]
+
+
+def two_of_the_keys(qkv, q_weight, kv_weight, w, sf):
+    qkv = qkv + 1
+    kv = [ir.ops.rms_norm(qkv[:, Q : Q + L], kv_weight, eps) for eps in (EPS, 1.0)]
+    return [linear(ir.ops.rms_norm(qkv[:, :Q], q_weight, EPS), w, sf), *kv]
+
+
+def weight_computed(qkv, q_weight, kv_weight, w, sf):
+    q, kv, k = (qkv + 1).split([Q, L, R], dim=-1)
+    q = linear(ir.ops.rms_norm(q, q_weight, EPS), w, sf)
+    return [q, ir.ops.rms_norm(kv, kv_weight + q.sum(), EPS), k + 1]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        queries_read_again,
+        other_columns,
+        every_other_column,
+        other_rows,
+        two_of_the_keys,
+        weight_computed,
+    ],
+)
+def test_other_latents_are_left(config, function):
+    assert fused(function, latent_operands(), OPS.latent_linear.default) == 0
+
+
 def the_sum_is_read(x, residual, weight, w, sf):
     return [linear(ir.ops.fused_add_rms_norm(x, residual, weight, EPS)[1], w, sf)]
 

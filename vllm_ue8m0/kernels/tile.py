@@ -31,6 +31,17 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 
 @triton.jit
+def start_dependents_and_wait(PDL: tl.constexpr):
+    """wait_for_inputs of a kernel that a product follows: that one fetches its weights meanwhile.
+
+    Not before routed experts: they would take SMs that shared experts are to run on.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
 def used_tiles(counts, M, E, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
     """Tiles of each matrix's used rows, and how many there are up to its end: int32 [EXPERTS]."""
     expert = tl.arange(0, EXPERTS)

@@ -49,6 +49,8 @@ def fuse(graph: fx.Graph) -> None:
     """Take what linear layers read into them, before vLLM lowers its norms."""
     products = [node for node in graph.nodes if node.target is OPS.linear.default]
     count = sum(_take_norm(graph, node) or _take_silu_mul(graph, node) for node in products)
+    for call in [node for node in graph.nodes if node.target is OPS.norm_linear.default]:
+        _take_latent(graph, call)
     logger.debug("ue8m0: %d of %d linear layers take what is before them", count, len(products))
 
 
@@ -64,12 +66,13 @@ class _Norm(NamedTuple):
 
 
 def _take_norm(graph: fx.Graph, product: Node) -> bool:
-    given, views = _input(product)
+    given, views = _without_views(product.args[0])
     norm, operands = _norm_of(given), product.args[1:]
     if norm is None or not all(map(_is_there, operands)):
         return False
     normed = any(len(node.users) > 1 for node in (given, *views))
-    arguments = (norm.x, norm.weight, norm.eps, norm.residual, normed, *operands)
+    x, *more = _experts_sum(norm.x) or (norm.x,)
+    arguments = (x, norm.weight, norm.eps, norm.residual, normed, *operands, *more)
     with graph.inserting_before(norm.node):
         call = _call(graph, OPS.norm_linear.default, arguments)
         results = [_call(graph, operator.getitem, (call, i)) for i in range(len(call.meta["val"]))]
@@ -82,8 +85,65 @@ def _take_norm(graph: fx.Graph, product: Node) -> bool:
     return True
 
 
+def _experts_sum(total: Node) -> tuple[Node, Node, float] | None:
+    """Routed and shared experts' results and the routed ones' factor, of a node that only a norm
+    reads and that is their sum in 16 bits.
+    """
+    total, views = _without_views(total)
+    added = total.target is torch.ops.aten.add.Tensor and not total.kwargs
+    if not added or any(len(node.users) > 1 for node in (total, *views)):
+        return None
+    for routed, shared in (total.args, total.args[::-1]):
+        if not isinstance(routed, fx.Node) or not isinstance(shared, fx.Node):
+            continue
+        scaled, _ = _without_views(routed)
+        if scaled.target is not torch.ops.aten.mul.Tensor or not isinstance(scaled.args[1], float):
+            continue
+        x, factor = scaled.args
+        alike = all(
+            _shape(node) == _shape(total) and _value(node).dtype == _value(total).dtype
+            for node in (shared, x)
+        )
+        if alike and _value(total).dtype in (torch.bfloat16, torch.float16):
+            return x, shared, factor
+    return None
+
+
+def _take_latent(graph: fx.Graph, call: Node) -> bool:
+    """A norm_linear of columns, with what else is read of the rows: a norm, and the last columns.
+
+    That is MLA's q_b_proj behind fused_qkv_a_proj. The two norms are one launch; and what rotates
+    the keys comes after q_b_proj, which would else not start, and fetch weights, before its end.
+    """
+    x, weight, eps, residual, normed, *operands = call.args
+    base, first, K = _columns(x)
+    if residual is not None or normed or base is x or first != 0:
+        return False
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    others = [(given, norm) for given in calls if (norm := _norm_of(given)) is not None]
+    places = {node: _columns(node) for node in calls if _is_columns(node)}
+    beside = [other for other in others if places.get(other[1].x, ())[:2] == (base, K)]
+    if len(beside) != 1:
+        return False
+    ((given, norm),) = beside
+    L = places[norm.x][2]
+    if norm.residual is not None or not _is_there(norm.weight):
+        return False
+    rest = base, K + L, _shape(base)[-1] - K - L
+    arguments = (base, weight, eps, norm.weight, norm.eps, *operands)
+    with graph.inserting_before(base.next):
+        both = _call(graph, OPS.latent_linear.default, arguments)
+        results = [_call(graph, operator.getitem, (both, i)) for i in range(3)]
+    for node in call.users:
+        node.replace_all_uses_with(results[0])
+    given.replace_all_uses_with(results[1])
+    for node in (node for node, place in places.items() if place == rest):
+        node.replace_all_uses_with(results[2])
+    return True
+
+
 def _take_silu_mul(graph: fx.Graph, product: Node) -> bool:
-    given, views = _input(product)
+    given, views = _without_views(product.args[0])
     if any(len(node.users) > 1 for node in (given, *views)):
         return False
     gate_up = _gate_up_of(graph, given)
@@ -95,9 +155,9 @@ def _take_silu_mul(graph: fx.Graph, product: Node) -> bool:
     return True
 
 
-def _input(product: Node) -> tuple[Node, list[Node]]:
-    """What a linear layer reads, and views of it between, which change nothing."""
-    given, views = product.args[0], []
+def _without_views(given: Node) -> tuple[Node, list[Node]]:
+    """What a node is, and the views of that which led to it and change nothing."""
+    views = []
     while given.target in VIEWS and _shape(given) == _shape(given.args[0]):
         views.append(given)
         given = given.args[0]
@@ -134,6 +194,36 @@ def _gate_up_of(graph: fx.Graph, given: Node) -> Node:
         return gate_up if alike and torch.allclose(wanted, found, 0.02, 0.001) else None
 
 
+def _is_columns(node: Node) -> bool:
+    """Whether it may be some columns of another node."""
+    if node.target is operator.getitem:
+        return node.args[0].target in SPLITS
+    return node.target in COLUMNS and node.target not in SPLITS
+
+
+def _columns(node: Node) -> tuple[Node, int, int]:
+    """A node [M, width] as columns of another: that one, the first column, width.
+
+    Of itself, if it is nothing else. Known by what it computes, as functions have defaults.
+    """
+    base, steps = node, []
+    while (_is_columns(base) or base.target in SPLITS) and len(base.all_input_nodes) == 1:
+        steps.append(base)
+        base = base.args[0]
+    rows, width = (*_shape(node), 0)[:2]
+    _, columns = (*_shape(base), None)[:2]
+    numbers = isinstance(width, int) and isinstance(columns, int)
+    if steps and numbers and _value(base).dim() == 2 and _shape(base)[0] == rows:
+        with unset_fake_temporarily():
+            found: Any = torch.arange(columns).expand(2, -1)
+            for step in reversed(steps):
+                found = step.target(found, *step.args[1:], **step.kwargs)
+            wanted = found[:1, :1] + torch.arange(width)
+            if found.numel() and torch.equal(found, wanted.expand(2, -1)):
+                return base, int(found[0, 0]), width
+    return node, 0, width
+
+
 def _is_elementwise(node: Node) -> bool:
     """Of constants and other nodes' values, or some columns of one."""
     if node.target is operator.getitem:
@@ -155,14 +245,15 @@ def _norm_of(given: Node) -> _Norm | None:
         x, weight, eps, residual = (*node.args, None)[:4]
     else:
         provided = compat.norm_provider(node.target, fx.map_arg(node.args, _value))
-        if provided == ("rms_norm", NAME):
+        if provided == ("rms_norm", NAME) and node is given:
             x, weight, eps = node.args[:3]
-        elif provided == ("fused_add_rms_norm", NAME):
-            x, residual, weight, eps = node.args[:4]
-        else:
+            return _Norm(node, x, None, weight, eps, [])
+        if provided != ("fused_add_rms_norm", NAME):
             return None
-    others = [] if node is given else [user for user in node.users if user is not given]
-    if any(user.target is not operator.getitem or user.args[1] != 1 for user in others):
+        x, residual, weight, eps = node.args[:4]
+    others = [user for user in node.users if user is not given]
+    apart = all(user.target is operator.getitem and user.args[1] == 1 for user in others)
+    if node is given or not apart:
         return None  # its result is read twice, or whole
     return _Norm(node, x, residual, weight, eps, others)
 

@@ -19,6 +19,8 @@ from .quant import (
     act_quant,
     add_rms_norm,
     kernel_scale,
+    latent_norm_quant,
+    latent_parts,
     rms_norm_quant,
     silu_mul,
     silu_mul_quant,
@@ -83,18 +85,51 @@ def norm_linear(
     bias: torch.Tensor | None,
     gran: Sequence[int],
     activation_scale: str,
+    shared: torch.Tensor | None = None,
+    factor: float = 1.0,
     *,
     block_scaled: bool = False,
 ) -> list[torch.Tensor]:
     """linear of a norm; see reference.norm_linear."""
     if activation_scale == "none":
+        x = x if shared is None else x * factor + shared
         a, *rest = add_rms_norm(x, norm_weight, eps, residual)
         a_s, rest = None, [*rest, a] if normed else rest
     else:
-        ue8m0 = activation_scale == "ue8m0"
-        a, a_s, *rest = rms_norm_quant(x, norm_weight, eps, residual, gran[1], ue8m0, normed=normed)
+        a, a_s, *rest = rms_norm_quant(
+            x, norm_weight, eps, residual, gran[1], activation_scale == "ue8m0", normed=normed,
+            shared=shared, factor=factor,
+        )  # fmt: skip
     out = gemm(a, a_s, w, sf, c, bias, gran, x.dtype, block_scaled=block_scaled)
     return [out, *rest]
+
+
+def latent_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    side_weight: torch.Tensor,
+    side_eps: float,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: Sequence[int],
+    activation_scale: str,
+    *,
+    block_scaled: bool = False,
+) -> list[torch.Tensor]:
+    """linear of a norm beside another; see reference.latent_linear."""
+    if activation_scale == "none":
+        first, latent, rest = latent_parts(x, norm_weight, side_weight)
+        (a,), a_s = add_rms_norm(first, norm_weight, eps), None
+        beside = [*add_rms_norm(latent, side_weight, side_eps), rest.clone()]
+    else:
+        a, a_s, *beside = latent_norm_quant(
+            x, norm_weight, eps, side_weight, side_eps, gran[1], activation_scale == "ue8m0"
+        )
+    out = gemm(a, a_s, w, sf, c, bias, gran, x.dtype, block_scaled=block_scaled)
+    return [out, *beside]
 
 
 def silu_mul_linear(
@@ -109,10 +144,7 @@ def silu_mul_linear(
     block_scaled: bool = False,
 ) -> torch.Tensor:
     """linear of silu_mul, which quantizes; see reference.silu_mul_linear."""
-    if activation_scale == "none":
-        a, a_s = silu_mul(gate_up), None
-    else:
-        a, a_s = silu_mul_quant(gate_up, gran[1], activation_scale == "ue8m0")
+    a, a_s = _silu_mul(gate_up, gran[1], activation_scale)
     return gemm(a, a_s, w, sf, c, bias, gran, gate_up.dtype, block_scaled=block_scaled)
 
 

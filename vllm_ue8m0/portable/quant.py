@@ -96,8 +96,16 @@ def rms_norm_quant(
     floor: int = SF_FLOOR,
     layout: str = "row_major",
     normed: bool = False,
+    *,
+    shared: torch.Tensor | None = None,
+    factor: float = 1.0,
 ) -> list[torch.Tensor]:
-    """RMSNorm (of x + residual), quantized; see reference.rms_norm_quant."""
+    """RMSNorm (of x + residual), quantized; see reference.rms_norm_quant.
+
+    shared: of x * factor + shared in place of x; see reference.norm_linear.
+    """
+    if shared is not None and x.element_size() != 2:  # the kernel would fuse both steps
+        x, shared = x * factor + shared, None
     q, s = empty_quantized(x.shape, x.shape[-1], group, ue8m0, layout, x.device)
     total = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device) if normed else None
@@ -105,9 +113,48 @@ def rms_norm_quant(
         rms_norm_quant_kernel.launch(
             unit_stride(x), None if residual is None else unit_stride(residual),
             weight.contiguous(), eps, q, s, total, result, group, floor, layout != "row_major",
-            rms_norm_quant_warps(x.shape[1]),
+            rms_norm_quant_warps(x.shape[1]), None if shared is None else unit_stride(shared),
+            factor,
         )  # fmt: skip
     return [out for out in (q, s, total, result) if out is not None]
+
+
+def latent_norm_quant(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    side_weight: torch.Tensor,
+    side_eps: float,
+    group: int = BLOCK,
+    ue8m0: bool = False,
+    layout: str = "row_major",
+) -> list[torch.Tensor]:
+    """rms_norm_quant of x's first columns, add_rms_norm of the next, a copy of the rest.
+
+    x [M, K + L + R], weight [K], side_weight [L] -> [q [M, K], s, [M, L], [M, R]]: what
+    reference.latent_linear multiplies, and the others of its results.
+    """
+    first, latent, rest = latent_parts(x, weight, side_weight)
+    K, L = len(weight), len(side_weight)
+    if x.element_size() != 2 or not rms_norm_quant_kernel.has_its_order(L, K):
+        q, s = rms_norm_quant(first, weight, eps, None, group, ue8m0, layout=layout)
+        return [q, s, *add_rms_norm(latent, side_weight, side_eps), rest.clone()]
+    q, s = empty_quantized(first.shape, K, group, ue8m0, layout, x.device)
+    side, copied = (torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (latent, rest))
+    if q.numel():
+        rms_norm_quant_kernel.launch_latent(
+            unit_stride(x), weight.contiguous(), eps, side_weight.contiguous(), side_eps, q, s,
+            side, copied, group, SF_FLOOR, layout != "row_major", rms_norm_quant_warps(K),
+        )  # fmt: skip
+    return [q, s, side, copied]
+
+
+def latent_parts(
+    x: torch.Tensor, weight: torch.Tensor, side_weight: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The columns of each norm, and the rest."""
+    K, L = len(weight), len(side_weight)
+    return x[:, :K], x[:, K : K + L], x[:, K + L :]
 
 
 def add_rms_norm(

@@ -78,15 +78,46 @@ def norm_linear(
     bias: torch.Tensor | None,
     gran: tuple[int, int],
     activation_scale: str,
+    shared: torch.Tensor | None = None,
+    factor: float = 1.0,
 ) -> list[torch.Tensor]:
-    """linear of add_rms_norm of x [M, K] -> [[M, N], ...].
+    """linear of add_rms_norm of x [M, K], or of x * factor + shared -> [[M, N], ...].
 
     The sum with the residual is the next result, if there is a residual; the norm's result is the
-    last one if `normed`. As rms_norm_quant.
+    last one if `normed`. As rms_norm_quant. With `shared`, x is routed experts' result, and both
+    steps are rounded to its dtype.
     """
+    if shared is not None:
+        x = x * factor + shared
     result, *total = add_rms_norm(x, norm_weight, eps, residual)
     out = linear(result, w, sf, c, bias, gran, activation_scale)
     return [out, *total, *([result] if normed else [])]
+
+
+def latent_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    side_weight: torch.Tensor,
+    side_eps: float,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: tuple[int, int],
+    activation_scale: str,
+) -> list[torch.Tensor]:
+    """norm_linear of the first columns of x, beside a norm of the next -> [[M, N], [M, L], [M, R]].
+
+    MLA's compressed queries, keys and values and the keys' rotary part: x [M, K + L + R] with
+    norm_weight [K] and side_weight [L]; the last R columns are copied.
+    """
+    K = len(norm_weight)
+    latent, rest = x[:, K:].split([len(side_weight), x.shape[1] - K - len(side_weight)], 1)
+    out = norm_linear(
+        x[:, :K], norm_weight, eps, None, False, w, sf, c, bias, gran, activation_scale
+    )
+    return [*out, *add_rms_norm(latent, side_weight, side_eps), rest.clone()]
 
 
 def silu_mul_linear(

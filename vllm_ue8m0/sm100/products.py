@@ -54,11 +54,34 @@ def norm_linear(
     bias: torch.Tensor | None,
     gran: Sequence[int],
     activation_scale: str,
+    shared: torch.Tensor | None = None,
+    factor: float = 1.0,
 ) -> list[torch.Tensor]:
     """linear of a norm; see reference.norm_linear."""
     scaled = refusal(x, w, sf, gran, activation_scale) is None
     return portable.norm_linear(
-        x, norm_weight, eps, residual, normed, w, sf, c, bias, gran, activation_scale,
+        x, norm_weight, eps, residual, normed, w, sf, c, bias, gran, activation_scale, shared,
+        factor, block_scaled=scaled,
+    )  # fmt: skip
+
+
+def latent_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    side_weight: torch.Tensor,
+    side_eps: float,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: Sequence[int],
+    activation_scale: str,
+) -> list[torch.Tensor]:
+    """linear of a norm beside another; see reference.latent_linear."""
+    scaled = refusal(x[:, : w.shape[1]], w, sf, gran, activation_scale) is None
+    return portable.latent_linear(
+        x, norm_weight, eps, side_weight, side_eps, w, sf, c, bias, gran, activation_scale,
         block_scaled=scaled,
     )  # fmt: skip
 

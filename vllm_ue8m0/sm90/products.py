@@ -1,6 +1,7 @@
 """Dense products: which kernel multiplies what, and launching it.
 
-M <= 64      decode_gemm; `linear` quantizes inside it where that is faster (hopper_config)
+M <= 64      decode_gemm; `linear` quantizes inside it where that is faster (hopper_config); a norm
+             or silu_mul before it quantizes at no cost
 M > 64       prefill_gemm
 otherwise    portable's kernels: see `refusal`
 """
@@ -27,7 +28,7 @@ from ..kernels.hopper_config import (
     prefill_config,
 )
 from ..layouts import ceil_div, to_layout
-from ..portable.quant import kernel_scale, silu_mul, unit_stride
+from ..portable.quant import kernel_scale, latent_norm_quant, unit_stride
 from .counters import counters
 
 E4M3 = torch.float8_e4m3fn
@@ -69,11 +70,15 @@ def linear(
     x = unit_stride(x)
     if refusal(x, w, sf, gran, activation_scale) is not None:
         return portable.linear(x, w, sf, c, bias, gran, activation_scale)
-    ue8m0 = activation_scale == "ue8m0"
-    (out,) = _linear(
-        x, w, sf, c, bias, ue8m0, lambda: [x],
-        lambda: portable.act_quant(x, BLOCK, ue8m0, layout=GEMM_SCALE_LAYOUT),
-    )  # fmt: skip
+    out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    config, ue8m0 = _config(x, w, linear=True), activation_scale == "ue8m0"
+    if isinstance(config, DecodeConfig) and config.fused:
+        a, a_s = x, None
+    else:
+        a, a_s = portable.act_quant(x, BLOCK, ue8m0, layout=GEMM_SCALE_LAYOUT)
+    _launch(a, a_s, w, sf, c, bias, out, config, ue8m0)
     return out
 
 
@@ -89,24 +94,45 @@ def norm_linear(
     bias: torch.Tensor | None,
     gran: Sequence[int],
     activation_scale: str,
+    shared: torch.Tensor | None = None,
+    factor: float = 1.0,
 ) -> list[torch.Tensor]:
-    """linear of a norm, which quantizes unless the product does; see reference.norm_linear."""
+    """linear of a norm, which quantizes; see reference.norm_linear."""
     if refusal(x, w, sf, gran, activation_scale) is not None:
         return portable.norm_linear(
-            x, norm_weight, eps, residual, normed, w, sf, c, bias, gran, activation_scale
-        )
-    ue8m0, norm = activation_scale == "ue8m0", (x, norm_weight, eps, residual)
-
-    def apart() -> list[torch.Tensor]:
-        results = portable.add_rms_norm(*norm)
-        return results + results[:1] if normed else results
-
-    return _linear(
-        x, w, sf, c, bias, ue8m0, apart,
-        lambda: portable.rms_norm_quant(
-            *norm, BLOCK, ue8m0, layout=GEMM_SCALE_LAYOUT, normed=normed
-        ),
+            x, norm_weight, eps, residual, normed, w, sf, c, bias, gran, activation_scale, shared,
+            factor,
+        )  # fmt: skip
+    a, a_s, *rest = portable.rms_norm_quant(
+        x, norm_weight, eps, residual, BLOCK, activation_scale == "ue8m0",
+        layout=GEMM_SCALE_LAYOUT, normed=normed, shared=shared, factor=factor,
     )  # fmt: skip
+    return [gemm(a, a_s, w, sf, c, bias, gran, x.dtype), *rest]
+
+
+def latent_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    side_weight: torch.Tensor,
+    side_eps: float,
+    w: torch.Tensor,
+    sf: torch.Tensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gran: Sequence[int],
+    activation_scale: str,
+) -> list[torch.Tensor]:
+    """linear of a norm, which quantizes, beside another; see reference.latent_linear."""
+    if refusal(x[:, : w.shape[1]], w, sf, gran, activation_scale) is not None:
+        return portable.latent_linear(
+            x, norm_weight, eps, side_weight, side_eps, w, sf, c, bias, gran, activation_scale
+        )
+    a, a_s, *beside = latent_norm_quant(
+        x, norm_weight, eps, side_weight, side_eps, BLOCK, activation_scale == "ue8m0",
+        GEMM_SCALE_LAYOUT,
+    )  # fmt: skip
+    return [gemm(a, a_s, w, sf, c, bias, gran, x.dtype), *beside]
 
 
 def silu_mul_linear(
@@ -118,51 +144,29 @@ def silu_mul_linear(
     gran: Sequence[int],
     activation_scale: str,
 ) -> torch.Tensor:
-    """linear of silu_mul, which quantizes unless the product does."""
+    """linear of silu_mul, which quantizes."""
     if refusal(gate_up, w, sf, gran, activation_scale) is not None:
         return portable.silu_mul_linear(gate_up, w, sf, c, bias, gran, activation_scale)
     ue8m0 = activation_scale == "ue8m0"
-    (out,) = _linear(
-        gate_up, w, sf, c, bias, ue8m0, lambda: [silu_mul(gate_up)],
-        lambda: portable.silu_mul_quant(gate_up, BLOCK, ue8m0, layout=GEMM_SCALE_LAYOUT),
-    )  # fmt: skip
-    return out
-
-
-def _linear(
-    x: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, c: torch.Tensor | None,
-    bias: torch.Tensor | None, ue8m0: bool, apart: Callable[[], Sequence[torch.Tensor]],
-    quantized: Callable[[], Sequence[torch.Tensor]],
-) -> list[torch.Tensor]:  # fmt: skip
-    """[The product, ...]; x has its rows, dtype and device.
-
-    apart: what a product that quantizes takes, and more results; quantized: codes, scales and more.
-    """
-    out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
-    if not out.numel():
-        return [out, *apart()[1:]]
-    config, a_s = _config(x, w, linear=True), None
-    if isinstance(config, DecodeConfig) and config.fused:
-        a, *rest = apart()
-    else:
-        a, a_s, *rest = quantized()
-    _launch(a, a_s, w, sf, c, bias, out, config, ue8m0)
-    return [out, *rest]
+    a, a_s = portable.silu_mul_quant(gate_up, BLOCK, ue8m0, layout=GEMM_SCALE_LAYOUT)
+    return gemm(a, a_s, w, sf, c, bias, gran, gate_up.dtype)
 
 
 def linear_plan(
     x: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, gran: Sequence[int], activation_scale: str
 ) -> Callable[[int], Hashable]:
-    """What `linear` launches, by the number of rows: equal plans are equal kernels (warmup.py)."""
+    """What `linear` and `norm_linear` launch, by the number of rows: equal plans are equal kernels
+    (warmup.py).
+    """
     if refusal(x, w, sf, gran, activation_scale) is not None:
         return portable.linear_plan(x, w, sf, gran, activation_scale)
     (N, K), index = w.shape, x.device.index
 
     def plan(M: int) -> Hashable:
-        config = _choose(M, N, K, True, index)
+        config, of_codes = (_choose(M, N, K, linear, index) for linear in (True, False))
         if isinstance(config, DecodeConfig) and config.fused:
-            return config
-        return config, act_quant_config(M, ceil_div(K, BLOCK), True)
+            return config, of_codes
+        return config, of_codes, act_quant_config(M, ceil_div(K, BLOCK), True)
 
     return plan
 
