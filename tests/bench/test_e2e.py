@@ -135,11 +135,11 @@ def test_sides_may_be_measured_at_the_same_time(started, monkeypatch, tmp_path):
 
     def meanwhile(*arguments):
         monkeypatch.setattr(e2e, "_relay", relay)
-        assert main([*call, "vllm_fp8"]) == 0
+        assert main([*call, "ours"]) == 0
         return relay(*arguments)
 
     monkeypatch.setattr(e2e, "_relay", meanwhile)
-    assert main([*call, "ours"]) == 0
+    assert main([*call, "vllm_fp8"]) == 0
     (record,) = records.read(out)
     assert list(record.peers_us) == ["vllm_fp8"]
 
