@@ -41,7 +41,12 @@ class Backend:
     operators: tuple[str, ...] = OPERATORS
 
     def load(self) -> ModuleType:
-        return import_module(self.module, __package__)
+        return _load(self.module)
+
+
+@cache
+def _load(module: str) -> ModuleType:
+    return import_module(module, __package__)
 
 
 def _portable_supports(op: str, device_type: str, explicit: bool) -> tuple[bool, str]:

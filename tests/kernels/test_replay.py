@@ -30,6 +30,9 @@ def test_other_kinds_are_asked_for_anew(kind):
 def test_nothing_is_replayed_while_off_or_where_tensors_begin_together():
     assert results()["off"] == "asked"
     assert results()["together"] == "asked"
+    assert results()["the same twice"] == "replayed"
+    assert results()["then two"] == "asked"
+    assert results()["given"] == "True"
 
 
 def test_tensors_are_not_kept():
@@ -42,6 +45,7 @@ def test_a_tensor_that_was_not_given_is_refused():
 
 def test_kinds_kept_are_bounded():
     assert results()["kept"] == "at most MOST"
+    assert results()["newest"] == "{'replayed'}"
 
 
 class Compiled:
@@ -256,6 +260,22 @@ def check_kinds(launched, asked) -> None:
     both = torch.empty(4, 40)
     asks(both, both.view(-1), 3)
     print("together:", asks(both, both.view(-1), 3))
+    twice = torch.empty(4, 40)
+    asks(twice, twice, 3)
+    print("the same twice:", asks(twice, twice, 3))
+    print("then two:", asks(twice, torch.empty(4, 40), 3))
+
+    @replayed
+    def plain(x, y):
+        return Launch(_kernel, (1,), x, y, 1, 1)
+
+    plain(twice, twice)
+    plain(twice, both)
+    plain(twice, both)
+    given = [arguments[:2] for _, _, arguments in launched[-3:]]
+    wanted = [(twice, twice), (twice, both), (twice, both)]
+    print("given:", all(x is a and y is b for (x, y), (a, b) in zip(given, wanted, strict=True)))
+    launched.clear()
     tensor = x(rows=7)
     launch(tensor, w, 1)
     launched.clear()
@@ -272,9 +292,12 @@ def check_kinds(launched, asked) -> None:
         foreign(x())
     except AssertionError as error:
         print("foreign:", error)
+    replay.MOST = 40
     for n in range(replay.MOST + 10):
         launch(x(), w, n)
         launched.clear()
+    newest = [asks(x(), w, n) for n in range(replay.MOST + 9, replay.MOST, -1)]
+    print("newest:", set(newest))
     print("kept:", "at most MOST" if 0 < len(launch.known) <= replay.MOST else len(launch.known))
 
 

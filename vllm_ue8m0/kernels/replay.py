@@ -22,7 +22,10 @@ from typing import Any, ParamSpec
 import torch
 
 P = ParamSpec("P")
-MOST = 256  # kinds kept of a function, 5 KB each: those of dozens of steps; then made anew
+# Kinds kept of a function, 4 KB each; the oldest go. Steps that prefill beside other requests have
+# other rows every time: 60 numbers of rows are 420 kinds of DeepSeek-V3.1's products, and while 256
+# were kept, and all made anew then, none of them was found again.
+MOST = 4096
 ALIGNED = 16  # bytes: what Triton asks of addresses
 _switch = {"on": True}
 
@@ -100,7 +103,7 @@ def replayed(describe: Callable[P, Launch]) -> Callable[P, None]:
         kept = _keep(what, compiled, tensors) if compiled is not None and _switch["on"] else None
         if kept is not None:
             if len(known) >= MOST:
-                known.clear()
+                del known[next(iter(known))]
             known[key] = kept
 
     launch.known = known  # type: ignore[attr-defined]
@@ -128,12 +131,21 @@ def _kinds(values: Sequence[Any]) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
     tensors: list[torch.Tensor] = []
     _append_kinds(values, kinds, tensors)
     kinds.append(tensors[0].get_device())
+    if len(set(map(id, tensors))) < len(tensors):  # next time they may be two
+        given = list(map(id, tensors))
+        kinds.append(tuple(map(given.index, given)))
     return tuple(kinds), tensors
+
+
+# Of most values, which therefore are not asked what else they may be.
+_PLAIN = frozenset((int, bool, float, str, type(None), torch.dtype))
 
 
 def _append_kinds(values: Iterable[Any], kinds: list[Any], tensors: list[torch.Tensor]) -> None:
     for value in values:
-        if isinstance(value, torch.Tensor):
+        if type(value) in _PLAIN:
+            kinds.append(value)
+        elif isinstance(value, torch.Tensor):
             tensors.append(value)
             address = value.data_ptr() % ALIGNED
             kinds.append((value.dtype, value.shape, value.stride(), address))
@@ -150,6 +162,9 @@ def _append_kinds(values: Iterable[Any], kinds: list[Any], tensors: list[torch.T
 def _keep(what: Launch, compiled: Any, tensors: Sequence[torch.Tensor]) -> _Kept | None:
     """None where a view may be of either of two tensors that begin at one address."""
     names = what.kernel.arg_names
+    beginning: dict[int, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        beginning.setdefault(tensor.data_ptr(), []).append(i)
     values = dict(zip(names, what.args, strict=False)) | what.options
     grid = (*what.grid, 1, 1)[:3]
     kept = _Kept(compiled, grid, [values[name] for name in names], [], [], [])
@@ -159,12 +174,12 @@ def _keep(what: Launch, compiled: Any, tensors: Sequence[torch.Tensor]) -> _Kept
             kept.scratch.append((place, value.size))
         elif descriptor or isinstance(value, torch.Tensor):
             tensor = value.base if descriptor else value
-            found = [i for i, given in enumerate(tensors) if given is tensor]
-            address = tensor.data_ptr()
-            found = found or [i for i, given in enumerate(tensors) if given.data_ptr() == address]
+            found = beginning.get(tensor.data_ptr(), [])
             assert found, f"{names[place]} is no tensor that the launch function was given"
-            if len(found) > 1 and tensors[found[0]] is not tensor:
+            itself = [i for i in found if tensors[i] is tensor]
+            if not itself and len({id(tensors[i]) for i in found}) > 1:
                 return None
+            found = itself or found
             if descriptor:
                 fields = {**vars(value), "base": None}
                 kept.descriptors.append((place, found[0], type(value), fields))

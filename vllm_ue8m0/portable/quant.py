@@ -134,13 +134,14 @@ def latent_norm_quant(
     x [M, K + L + R], weight [K], side_weight [L] -> [q [M, K], s, [M, L], [M, R]]: what
     reference.latent_linear multiplies, and the others of its results.
     """
-    first, latent, rest = latent_parts(x, weight, side_weight)
-    K, L = len(weight), len(side_weight)
+    (M, columns), K, L = x.shape, len(weight), len(side_weight)
     if x.element_size() != 2 or not rms_norm_quant_kernel.has_its_order(L, K):
+        first, latent, rest = latent_parts(x, weight, side_weight)
         q, s = rms_norm_quant(first, weight, eps, None, group, ue8m0, layout=layout)
         return [q, s, *add_rms_norm(latent, side_weight, side_eps), rest.clone()]
-    q, s = empty_quantized(first.shape, K, group, ue8m0, layout, x.device)
-    side, copied = (torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (latent, rest))
+    q, s = empty_quantized((M, K), K, group, ue8m0, layout, x.device)
+    side = torch.empty(M, L, dtype=x.dtype, device=x.device)
+    copied = torch.empty(M, columns - K - L, dtype=x.dtype, device=x.device)
     if q.numel():
         rms_norm_quant_kernel.launch_latent(
             unit_stride(x), weight.contiguous(), eps, side_weight.contiguous(), side_eps, q, s,

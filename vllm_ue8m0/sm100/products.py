@@ -79,7 +79,7 @@ def latent_linear(
     activation_scale: str,
 ) -> list[torch.Tensor]:
     """linear of a norm beside another; see reference.latent_linear."""
-    scaled = refusal(x[:, : w.shape[1]], w, sf, gran, activation_scale) is None
+    scaled = refusal(x, w, sf, gran, activation_scale) is None
     return portable.latent_linear(
         x, norm_weight, eps, side_weight, side_eps, w, sf, c, bias, gran, activation_scale,
         block_scaled=scaled,

@@ -124,7 +124,7 @@ def latent_linear(
     activation_scale: str,
 ) -> list[torch.Tensor]:
     """linear of a norm, which quantizes, beside another; see reference.latent_linear."""
-    if refusal(x[:, : w.shape[1]], w, sf, gran, activation_scale) is not None:
+    if refusal(x, w, sf, gran, activation_scale) is not None:
         return portable.latent_linear(
             x, norm_weight, eps, side_weight, side_eps, w, sf, c, bias, gran, activation_scale
         )
