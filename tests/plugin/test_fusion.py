@@ -257,6 +257,13 @@ def weight_computed(qkv, q_weight, kv_weight, w, sf):
     return [q, ir.ops.rms_norm(kv, kv_weight + q.sum(), EPS), k + 1]
 
 
+def first_weight_computed(qkv, q_weight, kv_weight, w, sf):
+    """As norms that add one to their weights."""
+    q, kv, k = (qkv + 1).split([Q, L, R], dim=-1)
+    q = linear(ir.ops.rms_norm(q, q_weight + 1, EPS), w, sf)
+    return [q, ir.ops.rms_norm(kv, kv_weight, EPS), k + 1]
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -266,6 +273,7 @@ def weight_computed(qkv, q_weight, kv_weight, w, sf):
         other_rows,
         two_of_the_keys,
         weight_computed,
+        first_weight_computed,
     ],
 )
 def test_other_latents_are_left(config, function):

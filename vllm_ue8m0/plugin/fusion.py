@@ -127,7 +127,7 @@ def _take_latent(graph: fx.Graph, call: Node) -> bool:
         return False
     ((given, norm),) = beside
     L = places[norm.x][2]
-    if norm.residual is not None or not _is_there(norm.weight):
+    if norm.residual is not None or not (_is_there(weight) and _is_there(norm.weight)):
         return False
     rest = base, K + L, _shape(base)[-1] - K - L
     arguments = (base, weight, eps, norm.weight, norm.eps, *operands)
