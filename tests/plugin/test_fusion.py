@@ -220,6 +220,26 @@ def test_both_norms_of_a_latent_are_taken(config, function):
     assert fused(function, latent_operands(), OPS.latent_linear.default) == 1
 
 
+def latent_lowered(qkv, q_weight, kv_weight, w, sf):
+    q, kv = qkv.split([Q, L + R], dim=-1)
+    kv, k = kv.split([L, R], dim=-1)
+    (q,) = OPS.add_rms_norm(q, q_weight, EPS)
+    return [linear(q, w, sf), *OPS.add_rms_norm(kv, kv_weight, EPS), k * 2]
+
+
+def test_all_of_a_latent_is_read_behind_the_layer(config):
+    """Nothing else reads the rows, so that nothing may come between them and the layer.
+
+    They may be given to the graph, before its weights.
+    """
+    graph = make_fx(latent_lowered, tracing_mode="fake")(*latent_operands()).graph
+    fusion.fuse(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    rows = next(node for node in graph.nodes if node.op == "placeholder")
+    assert [node.target for node in rows.users] == [OPS.latent_linear.default]
+
+
 def queries_read_again(qkv, q_weight, kv_weight, w, sf):
     """As by the indexer of DeepSeek-V3.2."""
     q, kv, k = (qkv + 1).split([Q, L, R], dim=-1)
@@ -243,6 +263,18 @@ def other_rows(qkv, q_weight, kv_weight, w, sf):
     qkv = torch.cat([qkv, qkv])
     kv = ir.ops.rms_norm(qkv[len(qkv) // 2 :, Q : Q + L], kv_weight, EPS)
     return [linear(ir.ops.rms_norm(qkv[:, :Q], q_weight, EPS), w, sf), kv]
+
+
+def first_rows(qkv, q_weight, kv_weight, w, sf):
+    qkv = qkv + 1
+    kv = ir.ops.rms_norm(qkv[:2, Q : Q + L], kv_weight, EPS)
+    return [linear(ir.ops.rms_norm(qkv[:, :Q], q_weight, EPS), w, sf), kv]
+
+
+def queries_not_first(qkv, q_weight, kv_weight, w, sf):
+    qkv = qkv + 1
+    kv = ir.ops.rms_norm(qkv[:, Q : Q + L], kv_weight, EPS)
+    return [linear(ir.ops.rms_norm(qkv[:, R : R + Q], q_weight, EPS), w, sf), kv]
 
 
 def two_of_the_keys(qkv, q_weight, kv_weight, w, sf):
@@ -271,6 +303,8 @@ def first_weight_computed(qkv, q_weight, kv_weight, w, sf):
         other_columns,
         every_other_column,
         other_rows,
+        first_rows,
+        queries_not_first,
         two_of_the_keys,
         weight_computed,
         first_weight_computed,

@@ -26,7 +26,6 @@ from .norms import NAME
 logger = compat.init_logger(f"vllm.{__name__}")
 Node = Any  # of torch.fx, whose arguments are of all types that there are
 SPLITS = (torch.ops.aten.split.Tensor, torch.ops.aten.split_with_sizes.default)
-COLUMNS = (torch.ops.aten.slice.Tensor, *SPLITS)
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
 
@@ -109,7 +108,7 @@ def _experts_sum(total: Node) -> tuple[Node, Node, float] | None:
     return None
 
 
-def _take_latent(graph: fx.Graph, call: Node) -> bool:
+def _take_latent(graph: fx.Graph, call: Node) -> None:
     """A norm_linear of columns, with what else is read of the rows: a norm, and the last columns.
 
     That is MLA's q_b_proj behind fused_qkv_a_proj. The two norms are one launch; and what rotates
@@ -118,20 +117,26 @@ def _take_latent(graph: fx.Graph, call: Node) -> bool:
     x, weight, eps, residual, normed, *operands = call.args
     base, first, K = _columns(x)
     if residual is not None or normed or base is x or first != 0:
-        return False
-    calls = [node for node in graph.nodes if node.op == "call_function"]
-    others = [(given, norm) for given in calls if (norm := _norm_of(given)) is not None]
-    places = {node: _columns(node) for node in calls if _is_columns(node)}
-    beside = [other for other in others if places.get(other[1].x, ())[:2] == (base, K)]
+        return
+    places = {node: _columns(node) for node in _columns_of(base)}
+    beside = [
+        (given, norm)
+        for node, place in places.items() if place[:2] == (base, K)
+        for user in node.users for given in (user, *user.users)
+        if (norm := _norm_of(given)) is not None and norm.x is node
+    ]  # fmt: skip
     if len(beside) != 1:
-        return False
+        return
     ((given, norm),) = beside
     L = places[norm.x][2]
     if norm.residual is not None or not (_is_there(weight) and _is_there(norm.weight)):
-        return False
+        return
     rest = base, K + L, _shape(base)[-1] - K - L
     arguments = (base, weight, eps, norm.weight, norm.eps, *operands)
-    with graph.inserting_before(base.next):
+    following = base.next
+    while _is_there(following):  # where a graph is given the rows
+        following = following.next
+    with graph.inserting_before(following):
         both = _call(graph, OPS.latent_linear.default, arguments)
         results = [_call(graph, operator.getitem, (both, i)) for i in range(3)]
     for node in call.users:
@@ -139,7 +144,6 @@ def _take_latent(graph: fx.Graph, call: Node) -> bool:
     given.replace_all_uses_with(results[1])
     for node in (node for node, place in places.items() if place == rest):
         node.replace_all_uses_with(results[2])
-    return True
 
 
 def _take_silu_mul(graph: fx.Graph, product: Node) -> bool:
@@ -198,7 +202,18 @@ def _is_columns(node: Node) -> bool:
     """Whether it may be some columns of another node."""
     if node.target is operator.getitem:
         return node.args[0].target in SPLITS
-    return node.target in COLUMNS and node.target not in SPLITS
+    return node.target is torch.ops.aten.slice.Tensor
+
+
+def _columns_of(base: Node) -> list[Node]:
+    """Nodes that may be some columns of this one."""
+    found: list[Node] = []
+    todo = [base]
+    while todo:
+        users = todo.pop().users
+        todo += [user for user in users if _is_columns(user) or user.target in SPLITS]
+        found += filter(_is_columns, users)
+    return found
 
 
 def _columns(node: Node) -> tuple[Node, int, int]:
@@ -226,10 +241,9 @@ def _columns(node: Node) -> tuple[Node, int, int]:
 
 def _is_elementwise(node: Node) -> bool:
     """Of constants and other nodes' values, or some columns of one."""
-    if node.target is operator.getitem:
-        return node.args[0].target in SPLITS
     cast = node.target is torch.ops.prims.convert_element_type.default
-    return cast or node.target in COLUMNS or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return cast or pointwise or _is_columns(node) or node.target in SPLITS
 
 
 def _norm_of(given: Node) -> _Norm | None:
