@@ -13,6 +13,7 @@ import torch
 
 from . import dispatch
 from .formats import BLOCK, SF_FLOOR
+from .kernels import replay
 from .layouts import ceil_div, empty_scale, grid_shape
 
 E4M3 = torch.float8_e4m3fn
@@ -150,19 +151,31 @@ _FAKES = {
 _PART_OF = dict.fromkeys(("norm_linear", "latent_linear", "silu_mul_linear"), "linear")
 
 
+# Of a model's layers.
+_REPLAYED = ("add_rms_norm", "gemm", "linear", *_PART_OF, "experts")
+
+
 def _register(name: str) -> None:
     chosen = _PART_OF.get(name, name)
+    writes = _SCHEMAS[name].startswith("(Tensor(a!) out")
 
     def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         operator = getattr(dispatch.choose(chosen, x.device.type).load(), name)
-        if _SCHEMAS[name].startswith("(Tensor(a!) out"):
+        if writes:
             operator(*args, **kwargs, out=x)
             return None
         return operator(x, *args, **kwargs)
 
+    def replayed(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        operator = getattr(dispatch.choose(chosen, x.device.type).load(), name)
+        if writes:
+            replay.run(operator, *args, **kwargs, out=x)
+            return None
+        return replay.run(operator, x, *args, **kwargs)
+
     _LIBRARY.define(name + _SCHEMAS[name])
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, run, key)
+    _LIBRARY.impl(name, run, "CPU")
+    _LIBRARY.impl(name, replayed if name in _REPLAYED else run, "CUDA")
     torch.library.register_fake(f"vllm_ue8m0::{name}", _FAKES[name], lib=_LIBRARY)  # type: ignore[arg-type]
 
 

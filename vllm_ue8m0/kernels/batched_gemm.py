@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .config import FMA, kernel_codes, masked_programs
 from .gemm import multiply
-from .replay import Launch, replayed
+from .replay import Launch, launched
 from .tile import find_tile, used_tiles
 from .ue8m0 import round_to
 
@@ -55,7 +55,7 @@ def _batched_gemm_kernel(
         tl.store(target, round_to(acc, out.dtype.element_ty), mask=mask)
 
 
-@replayed
+@launched
 def launch(
     a: torch.Tensor, a_s: torch.Tensor | None, w: torch.Tensor, sf: torch.Tensor,
     c: torch.Tensor | None, gran: tuple[int, int], counts: torch.Tensor, config: dict[str, int],

@@ -42,7 +42,7 @@ from .hopper import (
     wait_for_inputs,
 )
 from .hopper_config import DecodeConfig
-from .replay import Launch, Scratch, replayed
+from .replay import Launch, Scratch, launched
 
 
 @gluon.jit
@@ -271,7 +271,7 @@ def _finish(
         gl.store(out + m.to(gl.int64) * N + n, result, mask=(m < M) & (n < N))
 
 
-@replayed
+@launched
 def launch(
     a: torch.Tensor, a_s: torch.Tensor | None, w: torch.Tensor, sf: torch.Tensor,
     c: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor, config: DecodeConfig,

@@ -41,7 +41,7 @@ from .hopper import (
     start_dependents,
     wait_for_inputs,
 )
-from .replay import Launch, replayed
+from .replay import Launch, launched
 from .route import Routing
 
 # Copied of a block of K: what shared memory of the copy engine is aligned to.
@@ -223,7 +223,7 @@ def _expert_chain_kernel(
     )  # fmt: skip
 
 
-@replayed
+@launched
 def launch(
     a: torch.Tensor, a_s: torch.Tensor, w13: torch.Tensor, sf13: torch.Tensor,
     c13: torch.Tensor | None, hidden: torch.Tensor, hidden_s: torch.Tensor, w2: torch.Tensor,

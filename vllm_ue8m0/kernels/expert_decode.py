@@ -37,7 +37,7 @@ from .hopper import (
     start_dependents,
     wait_for_inputs,
 )
-from .replay import Launch, Scratch, replayed
+from .replay import Launch, Scratch, launched
 from .route import Tiles
 
 SCALES = 128  # copied of a block of K: what shared memory of the copy engine is aligned to
@@ -255,7 +255,7 @@ def _expert_decode_kernel(
     )  # fmt: skip
 
 
-@replayed
+@launched
 def launch(
     a: torch.Tensor, a_s: torch.Tensor | None, w: torch.Tensor, sf: torch.Tensor,
     c: torch.Tensor | None, out: torch.Tensor, out_s: torch.Tensor | None, *,

@@ -46,7 +46,7 @@ from .hopper import (
     wait_for_inputs,
 )
 from .prefill_gemm import COPY_REGISTERS, MATH_REGISTERS, REGISTERS
-from .replay import Launch, replayed
+from .replay import Launch, launched
 from .route import Tiles
 
 STAGES = 4
@@ -234,7 +234,7 @@ def _expert_prefill_kernel(
     )  # fmt: skip
 
 
-@replayed
+@launched
 def launch(
     a: torch.Tensor, a_s: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, c: torch.Tensor | None,
     out: torch.Tensor, out_s: torch.Tensor | None, *, routing: Tiles,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .config import FMA, batch_invariant, kernel_codes
-from .replay import Launch, replayed
+from .replay import Launch, launched
 from .ue8m0 import decode, dot, dot_scaled, round_to, split, to_float
 
 
@@ -196,7 +196,7 @@ def _scaled_config(rows: int, gran: tuple[int, int]) -> dict[str, int]:
     }  # fmt: skip
 
 
-@replayed
+@launched
 def launch(
     a: torch.Tensor, a_s: torch.Tensor | None, w: torch.Tensor, sf: torch.Tensor,
     c: torch.Tensor | None, bias: torch.Tensor | None, gran: tuple[int, int],

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from .config import FMA, dependent_launch, kernel_codes
 from .gemm import multiply
-from .replay import Launch, replayed
+from .replay import Launch, launched
 from .tile import wait_for_inputs
 from .ue8m0 import round_to, to_float
 
@@ -85,7 +85,7 @@ def _combine_kernel(
     tl.store(out + row * N + column, round_to(acc, out.dtype.element_ty), mask=column < N)
 
 
-@replayed
+@launched
 def launch(
     a: torch.Tensor, a_s: torch.Tensor | None, w: torch.Tensor, sf: torch.Tensor,
     c: torch.Tensor | None, gran: tuple[int, int], order: torch.Tensor,
@@ -108,7 +108,7 @@ def launch(
     )  # fmt: skip
 
 
-@replayed
+@launched
 def combine(
     slots: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, out: torch.Tensor
 ) -> Launch:

@@ -47,7 +47,7 @@ from .hopper import (
     wait_for_inputs,
 )
 from .hopper_config import PrefillConfig, prefill_stages
-from .replay import Launch, Scratch, replayed
+from .replay import Launch, Scratch, launched
 
 # Row tiles that share columns of w in L2. H100, 2026-11-23: 4, 8 and 16 are within 3 % of each
 # other but for (24576, 1536), M = 8192: 16 is 9 % slower than 8.
@@ -270,7 +270,7 @@ def _prefill_gemm_kernel(
     )  # fmt: skip
 
 
-@replayed
+@launched
 def launch(
     a: torch.Tensor, a_s: torch.Tensor, w: torch.Tensor, sf: torch.Tensor, c: torch.Tensor | None,
     bias: torch.Tensor | None, out: torch.Tensor, config: PrefillConfig,

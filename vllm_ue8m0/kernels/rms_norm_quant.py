@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .config import FMA, dependent_launch
-from .replay import Launch, replayed
+from .replay import Launch, launched
 from .tile import start_dependents_and_wait, store_tile
 from .ue8m0 import round_to, to_float
 
@@ -109,7 +109,7 @@ def _latent_norm_quant_kernel(
     )  # fmt: skip
 
 
-@replayed
+@launched
 def launch(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -145,7 +145,7 @@ def launch(
     )  # fmt: skip
 
 
-@replayed
+@launched
 def launch_latent(
     x: torch.Tensor,
     weight: torch.Tensor,

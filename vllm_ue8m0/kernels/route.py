@@ -18,7 +18,7 @@ Scales have rows of their own because the copy engine takes parts of their colum
 begin at multiples of 16 bytes only: elsewhere it is an illegal instruction.
 
 The order of one expert's rows is that of atomic additions: it changes, but no row's result depends
-on it. counts [E] and done [1] are zeros before and after.
+on it. counts [E + 1], the last of which is of programs that are done, are zeros before and after.
 """
 
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ import triton.language as tl
 
 from .config import dependent_launch
 from .expert_config import PREFILL_ROWS, most_tiles
-from .replay import Launch, Operands, replayed
+from .replay import Launch, launched
 from .tile import wait_for_inputs
 
 SLOTS = 1024  # a program's
@@ -81,7 +81,7 @@ def _list_tiles(
 
 @triton.jit(do_not_specialize=["slots", "most", "least", "length"])
 def _count_kernel(
-    topk_ids, expert_map, counts, done, starts, destinations, order, scale_rows, tiles, num_tiles,
+    topk_ids, expert_map, counts, starts, destinations, order, scale_rows, tiles, num_tiles,
     tall_tiles, num_tall, progress, most, least, length, slots, num_experts, num_global,
     ROWS: tl.constexpr, PITCH: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
     ONE: tl.constexpr, TALL_ROWS: tl.constexpr, PDL: tl.constexpr,
@@ -93,6 +93,7 @@ def _count_kernel(
     rank = tl.atomic_add(counts + expert, 1, mask=used, sem="relaxed")
     tl.store(destinations + slot, rank, mask=used)
     tl.debug_barrier()
+    done = counts + num_experts
     if tl.atomic_add(done, 1) == tl.num_programs(0) - 1:
         e = tl.arange(0, EXPERTS)
         count = tl.load(counts + e, mask=e < num_experts, other=0, volatile=True)
@@ -137,7 +138,7 @@ def _place_kernel(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiles(Operands):
+class Tiles:
     """As above. order None: a row's result goes to that row."""
 
     tiles: torch.Tensor
@@ -202,25 +203,21 @@ def launch(
     if chained:
         progress = torch.empty(len(routing.tiles) + 1, dtype=torch.int32, device=device)
     routing = replace(routing, scale_rows=scale_rows, tall=high, progress=progress)
-    done = counts[num_experts:]
-    _launch_count(
-        topk_ids, expert_map, num_experts, rows, counts, done, starts, routing, most, least
-    )
+    _launch_count(topk_ids, expert_map, num_experts, rows, counts, starts, routing, most, least)
     if programs(slots) > 1:
         _launch_place(topk_ids, expert_map, num_experts, rows, starts, routing)
     return routing
 
 
-@replayed
+@launched
 def _launch_count(
     topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int, rows: int,
-    counts: torch.Tensor, done: torch.Tensor, starts: torch.Tensor, routing: Routing, most: int,
-    least: int,
+    counts: torch.Tensor, starts: torch.Tensor, routing: Routing, most: int, least: int,
 ) -> Launch:  # fmt: skip
     slots, high, progress = topk_ids.numel(), routing.tall, routing.progress
     return Launch(
         _count_kernel, (programs(slots),),
-        topk_ids, expert_map, counts, done, starts, routing.destinations, routing.order,
+        topk_ids, expert_map, counts, starts, routing.destinations, routing.order,
         routing.scale_rows, routing.tiles, routing.num_tiles,
         None if high is None else high.tiles, None if high is None else high.num_tiles,
         progress, most, least, 0 if progress is None else len(progress), slots, num_experts,
@@ -230,7 +227,7 @@ def _launch_count(
     )  # fmt: skip
 
 
-@replayed
+@launched
 def _launch_place(
     topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int, rows: int,
     starts: torch.Tensor, routing: Routing,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .config import FMA, dependent_launch
-from .replay import Launch, replayed
+from .replay import Launch, launched
 from .route import TILE_FIELDS, Routing, empty_routing, scale_pitch, slot_experts
 from .tile import wait_for_inputs
 from .ue8m0 import quantize, to_float
@@ -106,7 +106,7 @@ def launch(
     return routing
 
 
-@replayed
+@launched
 def _launch(
     x: torch.Tensor, q: torch.Tensor, s: torch.Tensor, topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None, num_experts: int, rows: int, floor: int, routing: Routing,

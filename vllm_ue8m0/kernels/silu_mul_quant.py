@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .config import FMA, TileConfig, dependent_launch
-from .replay import Launch, replayed
+from .replay import Launch, launched
 from .tile import find_tile, scale_offset, store_tile, used_tiles, wait_for_inputs
 from .ue8m0 import round_to, to_float
 
@@ -71,7 +71,7 @@ def _silu_mul_quant_kernel(
         )  # fmt: skip
 
 
-@replayed
+@launched
 def launch(
     gate_up: torch.Tensor,
     out: torch.Tensor,

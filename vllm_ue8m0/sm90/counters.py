@@ -6,10 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from ..kernels.replay import lasting
+
 _GRAPH = -1
 _counters: dict[tuple[int, int, int], torch.Tensor] = {}
 
 
+@lasting
 def counters(w: torch.Tensor, count: int) -> torch.Tensor:
     """int32 zeros [>= count] for products with the weight w on the current stream.
 
