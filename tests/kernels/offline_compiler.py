@@ -57,6 +57,9 @@ def compile_and_print(name, source, gpu, options):
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = set(re.findall(_INSTRUCTIONS, compiled.asm["ptx"], re.VERBOSE))
     used = {re.sub(r"global\S*\.v4", "global.v4", instruction) for instruction in used}
+    order = re.findall(r"griddepcontrol\.(\w+)", compiled.asm["ptx"])
+    if order[:1] == ["launch_dependents"]:
+        used.add("dependents-before-wait")
     spilled = re.search(r"STACK:(\d+)", usage).group(1)
     registers = re.search(r"REG:(\d+)", usage).group(1)
     text = f"{spilled} bytes spilled, {registers} registers, {compiled.metadata.shared} shared"

@@ -67,8 +67,11 @@ def test_quantization_compiles(capability):
             assert "ld.global.v4.b32" in line and "st.global.v4.b32" in line  # 16 bytes each
         if "_quant" in name and capability >= 89:
             assert "cvt.rn.satfinite.e4m3x2.f32" in line, f"{name}: {line}"
-        pdl = name == "act_quant ue8m0" and capability >= 90
+        pdl = name in ("act_quant ue8m0", "act_quant packed") and capability >= 90
         assert ("griddepcontrol.wait" in line) == pdl, f"{name}: {line}"
+        # Before a product, not before routed experts.
+        early = pdl and name == "act_quant ue8m0"
+        assert ("dependents-before-wait" in line) == early, f"{name}: {line}"
 
 
 # Bytes before sm_89, there with fp16 operands; on sm_90 and sm_100 too if the rows are too few for
@@ -146,17 +149,19 @@ def compile_quantization(build, capability: int) -> None:
     )
 
     tile = {"FLOOR": 105, "GROUP": 128, "ROWS": 8, "GROUPS": 4, "PDL": False}
+    pdl = capability >= 90
     plain = {"MN_MAJOR": False, "PACKED": False}
     dense = {"counts": None, "destinations": None, "COPIES": 0, "EXPERTS": 0}
     kernel = act_quant._act_quant_kernel
-    for name, scale, pdl in (("ue8m0", BYTES, capability >= 90), ("fp32", F32, False)):
+    for name, scale, dependent in (("ue8m0", BYTES, pdl), ("fp32", F32, False)):
         pointers = {"x": BF16, "q": BYTES, "s": scale}
-        constants = {**tile, **plain, **dense, "scale_rows": None, "PDL": pdl}
+        constants = {**tile, **plain, **dense, "scale_rows": None, "PDL": dependent}
         build(f"act_quant {name}", kernel, pointers, constants)
     pointers = {"x": BF16, "q": BYTES, "s": I32, "counts": I32, "destinations": I64}
     pointers["scale_rows"] = I32
     packed = {"MN_MAJOR": True, "PACKED": True}
-    build("act_quant packed", kernel, pointers, {**tile, **packed, "COPIES": 8, "EXPERTS": 32})
+    sorted_rows = {"COPIES": 8, "EXPERTS": 32, "PDL": pdl}
+    build("act_quant packed", kernel, pointers, {**tile, **packed, **sorted_rows})
     pointers = {"gate_up": BF16, "out": BYTES, "s": BYTES}
     kernel = silu_mul_quant._silu_mul_quant_kernel
     build("silu_mul_quant", kernel, pointers, {**tile, **plain, **dense, "QUANTIZE": True})
