@@ -25,13 +25,14 @@ def watch(model: torch.nn.Module) -> None:
 
 def _recording(name, operator):
     def record(x, *args, **kwargs):
-        given, kept = x.clone(), args
+        given, kept, called = x.clone(), args, name
         if name == "experts":
             kept = [a.clone() if i in (6, 7) else a for i, a in enumerate(args)]
         # Of what is before a layer, only how its result is quantized is compared.
         if name == "norm_linear":
             shared, factor = args[10:] or (None, 1.0)
             summed = x if shared is None else x * factor + shared
+            called += "" if shared is None else " of experts"
             given, kept = _normed(summed, *args[:3]), args[4:10]
         elif name == "latent_linear":
             given, kept = _normed(x[:, : len(args[0])], *args[:2]), args[4:]
@@ -39,7 +40,7 @@ def _recording(name, operator):
             given = _activated(x)
         result = operator(x, *args, **kwargs)
         product = result[0] if isinstance(result, list) else result
-        call = name, given, list(kept), product.clone()
+        call = called, given, list(kept), product.clone()
         _calls.setdefault(kept[0].data_ptr(), []).append(call)
         return result
 

@@ -42,6 +42,24 @@ def trained(prompts):
     return forward
 
 
+@pytest.fixture(scope="module")
+def three_layers(tmp_path_factory):
+    """The trained model with its layer of experts twice, so that a norm follows the experts."""
+    folder = tmp_path_factory.mktemp("three_layers") / "model"
+    shutil.copytree(MODEL, folder)
+    weights = load_file(MODEL / "model.safetensors")
+    first, again = "model.layers.1.", "model.layers.2."  # that was the MTP layer's place
+    weights = {name: w for name, w in weights.items() if not name.startswith(again)}
+    weights |= {
+        name.replace(first, again): w.clone() for name, w in weights.items() if first in name
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_hidden_layers": 3, "num_nextn_predict_layers": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def options(**values):
     return {"additional_config": {"ue8m0": values}}
 
@@ -131,28 +149,31 @@ def test_tensor_parallel_rounds_like_the_trained_model(trained, prompts, served)
         pytest.param("ue8m0", GRAPH | OUR_NORMS, id="norms taken", marks=on_cpu),
     ],
 )
-def test_every_layer_rounds_as_asked(prompts, served, scale, engine):
+def test_every_layer_rounds_as_asked(prompts, served, three_layers, scale, engine):
     """Every FP8 layer's output is that of the scales asked for, and not of the others.
 
     On a GPU in the compiled graph, at rows that take every regime of the kernels.
     """
+    graph = bool(engine) and scale == "ue8m0"
+    model, depth = (three_layers, 3) if graph else (MODEL, 2)
     # Attention takes up to 512 rows for decoding (FlashAttention's), without kv_b_proj.
     lengths, text = (700, 40, 7) if GPU else (70, 7), prompts[0] + prompts[1]
     run = served(
-        MODEL, [text[:length] for length in lengths], steps=[("operators", None)],
+        model, [text[:length] for length in lengths], steps=[("operators", None)],
         **engine, **options(activation_scale=scale),
     )  # fmt: skip
     (layers,) = run["steps"]
     other = "fp32" if scale == "ue8m0" else "ue8m0"
     names = {name.rsplit(".", 1)[-1] for name in layers}
     assert names >= {"fused_qkv_a_proj", "q_b_proj", "o_proj", "gate_up_proj", "down_proj"}
-    assert len(layers) == 2 * 4 + 2 + 3  # attention, a dense MLP, shared and routed experts
+    # Attention, a dense MLP, shared and routed experts.
+    assert len(layers) == depth * 4 + 2 + (depth - 1) * 3
     for name, calls in layers.items():
         assert calls, name
         bound = EXPERTS_DIFF if "experts" in name and "shared" not in name else PRODUCT_DIFF
         expected = "experts" if name.endswith("routed_experts") else "linear"
         if engine and name.endswith(("fused_qkv_a_proj", "0.mlp.gate_up_proj")):
-            expected = "norm_linear"
+            expected = "norm_linear" + " of experts" * name.endswith("2.self_attn.fused_qkv_a_proj")
         if engine and name.endswith("q_b_proj"):
             expected = "latent_linear"
         if engine and name.endswith("0.mlp.down_proj"):
