@@ -71,7 +71,8 @@ NO_PRODUCTS = {
 
 
 def test_products_are_fused_with_sums_whatever_tritons_default():
-    fused, others = set(), set()
+    """A choice of its own for every kernel that multiplies and adds."""
+    fused, apart, others = set(), set(), set()
     for path in sorted(PACKAGE.glob("kernels/*.py")):
         if path.stem == "replay":  # launches what the others describe
             continue
@@ -85,8 +86,9 @@ def test_products_are_fused_with_sums_whatever_tritons_default():
             else:
                 continue
             options = {ast.unparse(k.value) for k in node.keywords if k.arg is None}
-            (fused if "FMA" in options else others).add(ast.unparse(kernel))
-    assert len(fused) > 10 and others == NO_PRODUCTS
+            chosen = fused if "FMA" in options else apart if "NO_FMA" in options else others
+            chosen.add(ast.unparse(kernel))
+    assert len(fused) > 10 and others == NO_PRODUCTS and apart == {"_rotary_kernel"}
 
 
 def test_files_of_tests_have_names_of_their_own():

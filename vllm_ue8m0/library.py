@@ -2,7 +2,7 @@
 
 Each has a fake implementation and, but for `weight_quant`, never synchronizes with the host on a
 GPU. Arguments are those of `reference`; `experts` and `batched_experts` write to a tensor given
-first, the others mutate nothing.
+first, `rotary_embedding` changes its first two, the others mutate nothing.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _SCHEMAS = {
     " Tensor? shared=None, float factor=1.0) -> Tensor[]",
     "latent_linear": "(Tensor x, Tensor norm_weight, float eps, Tensor side_weight, float side_eps,"
     " Tensor w, Tensor sf, Tensor? c, Tensor? bias, int[] gran, str activation_scale) -> Tensor[]",
+    "rotary_embedding": "(Tensor(a!) q, Tensor(b!) k, Tensor positions, Tensor cos_sin) -> ()",
     "silu_mul_linear": "(Tensor gate_up, Tensor w, Tensor sf, Tensor? c, Tensor? bias, int[] gran,"
     " str activation_scale) -> Tensor",
     "experts": "(Tensor(a!) out, Tensor x, Tensor w13, Tensor sf13, Tensor? c13, Tensor w2,"
@@ -126,7 +127,7 @@ def _fake_latent_linear(
     return [x.new_empty((M, width)) for width in widths]
 
 
-def _fake_experts(out: torch.Tensor, *rest: Any, **more: Any) -> None:
+def _fake_in_place(changed: torch.Tensor, *rest: Any, **more: Any) -> None:
     pass
 
 
@@ -141,14 +142,16 @@ _FAKES = {
     "linear": _fake_linear,
     "norm_linear": _fake_norm_linear,
     "latent_linear": _fake_latent_linear,
+    "rotary_embedding": _fake_in_place,
     "silu_mul_linear": _fake_linear,
-    "experts": _fake_experts,
-    "batched_experts": _fake_experts,
+    "experts": _fake_in_place,
+    "batched_experts": _fake_in_place,
 }
 
 
 # Operators of the same backend.
 _PART_OF = dict.fromkeys(("norm_linear", "latent_linear", "silu_mul_linear"), "linear")
+_PART_OF["rotary_embedding"] = "add_rms_norm"
 
 
 # Of a model's layers.

@@ -11,7 +11,7 @@ from pathlib import Path
 _INSTRUCTIONS = r"""
     wgmma\.mma_async\S+ | mma\.sync\S+ | tcgen05\.mma\S+
   | cvt\.rn\.satfinite\.e4m3x2\.f32 | cp\.async\.bulk\.tensor
-  | griddepcontrol\.\w+ | (?:ld|st)\.global(?:\.\w+)*\.v4\.b32
+  | fma\.rn(?:\.\w+)+ | griddepcontrol\.\w+ | (?:ld|st)\.global(?:\.\w+)*\.v4\.b32
 """
 
 

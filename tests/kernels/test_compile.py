@@ -16,6 +16,7 @@ BYTES, CODES, F32, BF16, I32, I64 = "*u8", "*fp8e4nv", "*fp32", "*bf16", "*i32",
 # Every value of these is a multiple of 16 where it matters: 16-byte accesses.
 ALIGNED = ("N", "K", "stride_am", "stride_wn", "stride_we", "stride_xm", "stride_m", "stride_rm")
 ALIGNED += ("stride_xe", "stride_e", "stride_ae", "L", "R")
+ALIGNED += ("stride_qm", "stride_qh", "stride_km", "stride_c")
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -72,6 +73,15 @@ def test_quantization_compiles(capability):
         # Before a product, not before routed experts.
         early = pdl and name == "act_quant ue8m0"
         assert ("dependents-before-wait" in line) == early, f"{name}: {line}"
+
+
+@pytest.mark.parametrize("capability", [c for c in CAPABILITIES if c >= 90])
+def test_a_rotation_rounds_its_products(capability):
+    """Before, a product of bf16 numbers is itself an FMA, with zero."""
+    lines = report(__file__, capability)
+    assert "fma.rn" in lines["rms_norm"]
+    for name in ("rotary bf16", "rotary fp32"):
+        assert "fma" not in lines[name], lines[name]
 
 
 # Bytes before sm_89, there with fp16 operands; on sm_90 and sm_100 too if the rows are too few for
@@ -143,6 +153,7 @@ def compile_quantization(build, capability: int) -> None:
         act_quant,
         config,
         rms_norm_quant,
+        rotary,
         silu_mul_quant,
         weight_dequant,
         weight_quant,
@@ -188,6 +199,11 @@ def compile_quantization(build, capability: int) -> None:
     for name in ("ROWS", "PACKED"):
         del row[name]
     build("latent_norm_quant", kernel, pointers, row, num_warps=8)
+    row = {"NOPE": 128, "R": 64, "HEADS": 32, "PAIRS": 32, "PDL": pdl}
+    pointers = {"q": BF16, "k": BF16, "positions": I64, "cos_sin": BF16}
+    for name, dtype in (("bf16", BF16), ("fp32", F32)):
+        kinds = pointers | dict.fromkeys(("q", "k", "cos_sin"), dtype)
+        build(f"rotary {name}", rotary._rotary_kernel, kinds, row, **config.NO_FMA)
     kernel = weight_quant._weight_quant_kernel
     for name, scale in (("ue8m0", BYTES), ("fp32", F32)):
         pointers = {"w": BF16, "q": BYTES, "s": scale}

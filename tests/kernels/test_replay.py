@@ -38,8 +38,9 @@ def test_experts_are_run_again():
     assert results()["portable experts"] == "0 of 60"
 
 
-def test_norms_are_run_again():
-    assert results()["portable add_rms_norm"] == "30 of 30"
+@pytest.mark.parametrize("operator", ["add_rms_norm", "rotary_embedding"])
+def test_others_are_run_again(operator):
+    assert results()[f"portable {operator}"] == "30 of 30"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def check_every_operator(launched, asked) -> None:
 
     for backend in (sm90, sm100, portable):
         for name, arguments, options in cases(backend):
-            owner = portable if name == "add_rms_norm" else backend
+            owner = portable if name in ("add_rms_norm", "rotary_embedding") else backend
             checked(owner, name, *arguments, **options)
     print("wrong:", " ".join(sorted(wrong)) or "none", flush=True)
     for label, count in every.items():
@@ -242,6 +243,9 @@ def cases(backend):
         if kind == "none":
             x, residual = activations(M, 7168, offset), activations(M, 7168, offset)
             yield "add_rms_norm", (x, empty(7168), 1e-6, residual), {}
+            heads, table = activations(M, 6 * 24, offset).view(M, 6, 24), empty(9, 8)
+            arguments = heads, activations(M, 8, offset), torch.zeros(M, dtype=torch.int64), table
+            yield "rotary_embedding", arguments, {}
 
 
 def check_kinds(launched, asked) -> None:

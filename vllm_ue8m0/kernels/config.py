@@ -13,6 +13,8 @@ import triton
 # For every kernel that multiplies and adds floats: one FMA, as it was tested and measured, whatever
 # TRITON_DEFAULT_FP_FUSION says. Without it Triton 3.9 warns that 3.10 will not fuse by default.
 FMA = {"enable_fp_fusion": True}
+# For one whose products are rounded before they are added.
+NO_FMA = {"enable_fp_fusion": False}
 
 # Compute capabilities, sm_9x and sm_10x, whose instructions multiply for four warps together.
 FOUR_WARP_MAJORS = (9, 10)

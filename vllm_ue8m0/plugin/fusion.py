@@ -20,13 +20,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .. import reference
 from ..library import OPS
-from . import compat
+from . import compat, rotary
+from .graphs import Node, add_call, is_there, shape_of, value_of, without_views
 from .norms import NAME
 
 logger = compat.init_logger(f"vllm.{__name__}")
-Node = Any  # of torch.fx, whose arguments are of all types that there are
 SPLITS = (torch.ops.aten.split.Tensor, torch.ops.aten.split_with_sizes.default)
-VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
 
 def install() -> None:
@@ -34,7 +33,8 @@ def install() -> None:
 
     A release beyond the tested ones that takes no passes serves without, with a warning.
     """
-    source = Path(__file__).read_text(encoding="utf-8")
+    files = map(Path(__file__).with_name, ("fusion.py", "graphs.py", "rotary.py"))
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
     try:
         if not compat.add_graph_pass(fuse, source):
             logger.info(
@@ -65,16 +65,18 @@ class _Norm(NamedTuple):
 
 
 def _take_norm(graph: fx.Graph, product: Node) -> bool:
-    given, views = _without_views(product.args[0])
+    given, views = without_views(product.args[0])
     norm, operands = _norm_of(given), product.args[1:]
-    if norm is None or not all(map(_is_there, operands)):
+    if norm is None or not all(map(is_there, operands)):
         return False
     normed = any(len(node.users) > 1 for node in (given, *views))
     x, *more = _experts_sum(norm.x) or (norm.x,)
     arguments = (x, norm.weight, norm.eps, norm.residual, normed, *operands, *more)
     with graph.inserting_before(norm.node):
-        call = _call(graph, OPS.norm_linear.default, arguments)
-        results = [_call(graph, operator.getitem, (call, i)) for i in range(len(call.meta["val"]))]
+        call = add_call(graph, OPS.norm_linear.default, arguments)
+        results = [
+            add_call(graph, operator.getitem, (call, i)) for i in range(len(call.meta["val"]))
+        ]
     product.replace_all_uses_with(results[0])
     for total in norm.sums:
         total.replace_all_uses_with(results[1])
@@ -88,22 +90,22 @@ def _experts_sum(total: Node) -> tuple[Node, Node, float] | None:
     """Routed and shared experts' results and the routed ones' factor, of a node that only a norm
     reads and that is their sum in 16 bits.
     """
-    total, views = _without_views(total)
+    total, views = without_views(total)
     added = total.target is torch.ops.aten.add.Tensor and not total.kwargs
     if not added or any(len(node.users) > 1 for node in (total, *views)):
         return None
     for routed, shared in (total.args, total.args[::-1]):
         if not isinstance(routed, fx.Node) or not isinstance(shared, fx.Node):
             continue
-        scaled, _ = _without_views(routed)
+        scaled, _ = without_views(routed)
         if scaled.target is not torch.ops.aten.mul.Tensor or not isinstance(scaled.args[1], float):
             continue
         x, factor = scaled.args
         alike = all(
-            _shape(node) == _shape(total) and _value(node).dtype == _value(total).dtype
+            shape_of(node) == shape_of(total) and value_of(node).dtype == value_of(total).dtype
             for node in (shared, x)
         )
-        if alike and _value(total).dtype in (torch.bfloat16, torch.float16):
+        if alike and value_of(total).dtype in (torch.bfloat16, torch.float16):
             return x, shared, factor
     return None
 
@@ -129,43 +131,35 @@ def _take_latent(graph: fx.Graph, call: Node) -> None:
         return
     ((given, norm),) = beside
     L = places[norm.x][2]
-    if norm.residual is not None or not (_is_there(weight) and _is_there(norm.weight)):
+    if norm.residual is not None or not (is_there(weight) and is_there(norm.weight)):
         return
-    rest = base, K + L, _shape(base)[-1] - K - L
+    rest = base, K + L, shape_of(base)[-1] - K - L
     arguments = (base, weight, eps, norm.weight, norm.eps, *operands)
     following = base.next
-    while _is_there(following):  # where a graph is given the rows
+    while is_there(following):  # where a graph is given the rows
         following = following.next
     with graph.inserting_before(following):
-        both = _call(graph, OPS.latent_linear.default, arguments)
-        results = [_call(graph, operator.getitem, (both, i)) for i in range(3)]
+        both = add_call(graph, OPS.latent_linear.default, arguments)
+        results = [add_call(graph, operator.getitem, (both, i)) for i in range(3)]
     for node in call.users:
         node.replace_all_uses_with(results[0])
     given.replace_all_uses_with(results[1])
     for node in (node for node, place in places.items() if place == rest):
         node.replace_all_uses_with(results[2])
+    rotary.take(graph, results[0], results[2])
 
 
 def _take_silu_mul(graph: fx.Graph, product: Node) -> bool:
-    given, views = _without_views(product.args[0])
+    given, views = without_views(product.args[0])
     if any(len(node.users) > 1 for node in (given, *views)):
         return False
     gate_up = _gate_up_of(graph, given)
     if gate_up is None:
         return False
     with graph.inserting_before(product):
-        call = _call(graph, OPS.silu_mul_linear.default, (gate_up, *product.args[1:]))
+        call = add_call(graph, OPS.silu_mul_linear.default, (gate_up, *product.args[1:]))
     product.replace_all_uses_with(call)
     return True
-
-
-def _without_views(given: Node) -> tuple[Node, list[Node]]:
-    """What a node is, and the views of that which led to it and change nothing."""
-    views = []
-    while given.target in VIEWS and _shape(given) == _shape(given.args[0]):
-        views.append(given)
-        given = given.args[0]
-    return given, views
 
 
 def _gate_up_of(graph: fx.Graph, given: Node) -> Node:
@@ -181,8 +175,8 @@ def _gate_up_of(graph: fx.Graph, given: Node) -> Node:
             todo += [before for before in node.all_input_nodes if before not in nodes]
         else:
             leaves.add(node)
-    gate_up, columns = leaves.pop() if len(leaves) == 1 else None, _shape(given)[-1]
-    value = None if gate_up is None else _value(gate_up)
+    gate_up, columns = leaves.pop() if len(leaves) == 1 else None, shape_of(given)[-1]
+    value = None if gate_up is None else value_of(gate_up)
     if not isinstance(value, torch.Tensor) or not isinstance(columns, int):
         return None
     if value.shape[1:] != (2 * columns,):
@@ -225,10 +219,10 @@ def _columns(node: Node) -> tuple[Node, int, int]:
     while (_is_columns(base) or base.target in SPLITS) and len(base.all_input_nodes) == 1:
         steps.append(base)
         base = base.args[0]
-    rows, width = (*_shape(node), 0)[:2]
-    _, columns = (*_shape(base), None)[:2]
+    rows, width = (*shape_of(node), 0)[:2]
+    _, columns = (*shape_of(base), None)[:2]
     numbers = isinstance(width, int) and isinstance(columns, int)
-    if steps and numbers and _value(base).dim() == 2 and _shape(base)[0] == rows:
+    if steps and numbers and value_of(base).dim() == 2 and shape_of(base)[0] == rows:
         with unset_fake_temporarily():
             found: Any = torch.arange(columns).expand(2, -1)
             for step in reversed(steps):
@@ -258,7 +252,7 @@ def _norm_of(given: Node) -> _Norm | None:
     if node.target is OPS.add_rms_norm.default:
         x, weight, eps, residual = (*node.args, None)[:4]
     else:
-        provided = compat.norm_provider(node.target, fx.map_arg(node.args, _value))
+        provided = compat.norm_provider(node.target, fx.map_arg(node.args, value_of))
         if provided == ("rms_norm", NAME) and node is given:
             x, weight, eps = node.args[:3]
             return _Norm(node, x, None, weight, eps, [])
@@ -270,23 +264,3 @@ def _norm_of(given: Node) -> _Norm | None:
     if node is given or not apart:
         return None  # its result is read twice, or whole
     return _Norm(node, x, residual, weight, eps, others)
-
-
-def _is_there(operand: Any) -> bool:
-    """Whether it comes before all computation: a weight, or no tensor."""
-    return not isinstance(operand, fx.Node) or operand.op in ("placeholder", "get_attr")
-
-
-def _call(graph: fx.Graph, target: Any, arguments: tuple[Any, ...]) -> Node:
-    """With the value that later passes ask for."""
-    node = graph.call_function(target, arguments)
-    node.meta["val"] = target(*fx.map_arg(arguments, _value))
-    return node
-
-
-def _value(node: Node) -> Any:
-    return node.meta.get("val")
-
-
-def _shape(node: Node) -> Any:
-    return _value(node).shape

@@ -26,6 +26,7 @@ from .quant import (
     weight_quant,
     weight_quant_unchecked,
 )
+from .rotary import rotary_embedding
 
 __all__ = [
     "act_quant",
@@ -41,6 +42,7 @@ __all__ = [
     "linear_plan",
     "norm_linear",
     "rms_norm_quant",
+    "rotary_embedding",
     "silu_mul_linear",
     "silu_mul_quant",
     "weight_dequant",

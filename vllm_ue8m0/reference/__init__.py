@@ -32,6 +32,7 @@ from .quant import (
     weight_dequant,
     weight_quant,
 )
+from .rotary import rotary_embedding
 
 __all__ = [
     "act_quant",
@@ -49,6 +50,7 @@ __all__ = [
     "norm_linear",
     "rms_norm",
     "rms_norm_quant",
+    "rotary_embedding",
     "silu_mul",
     "silu_mul_linear",
     "silu_mul_quant",
