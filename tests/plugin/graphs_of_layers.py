@@ -17,6 +17,7 @@ from vllm_ue8m0.library import OPS
 from vllm_ue8m0.plugin import fusion, norms
 
 EPS, GRAN = 1e-6, (128, 128)
+SCATTERS = (torch.ops.aten.slice_scatter.default,)  # that MLA's rotary embedding needs
 NORMS = ("rms_norm", "fused_add_rms_norm")
 M, K, N = 5, 256, 384
 Q, L, R = 256, 128, 64  # columns of compressed queries; of keys and values; of keys' rotary part
@@ -48,11 +49,12 @@ def linear(x, w, sf):
 
 def fused(function, arguments, into=OPS.norm_linear.default):
     """How many linear layers became `into`, in a graph for any M; the results are those before."""
-    counts = []
+    counts, left_behind = [], []
 
     def compile(graph, _):
         before = sum(node.target is OPS.linear.default for node in graph.graph.nodes)
         fusion.fuse(graph.graph)
+        left_behind.extend(node for node in graph.graph.nodes if node.target in SCATTERS)
         graph.graph.eliminate_dead_code()  # as vLLM does after all passes
         graph.graph.lint()
         graph.recompile()
@@ -74,5 +76,6 @@ def fused(function, arguments, into=OPS.norm_linear.default):
     for one, other in zip(found, wanted, strict=True):
         assert same_bits(one, other)
     ((before, taken, left),) = counts
+    assert not taken or into is not OPS.rotary_embedding.default or not left_behind
     assert taken + left <= before
     return taken

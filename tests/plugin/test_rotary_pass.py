@@ -95,6 +95,14 @@ def keys_elsewhere(*arguments):
     return attention(q, kv, k)
 
 
+def keys_weighted(*arguments):
+    """By an input of the graph, beside positions and table."""
+    *given, ids, table = arguments
+    q, kv, k = latent(*given)
+    q[..., D - R :], k = rotated(ids, q[..., D - R :], k * given[1][:R], table)
+    return attention(q, kv, k)
+
+
 def first_columns(*arguments):
     *given, ids, table = arguments
     q, kv, k = latent(*given)
@@ -113,7 +121,7 @@ def scaled(*arguments):
     "function",
     [
         by_halves, queries_read_before, keys_read_before, keys_as_they_are, keys_elsewhere,
-        first_columns, scaled,
+        keys_weighted, first_columns, scaled,
     ],
 )  # fmt: skip
 def test_others_are_left(config, function):
