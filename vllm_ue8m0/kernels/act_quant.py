@@ -13,14 +13,7 @@ import triton.language as tl
 
 from .config import FMA, TileConfig, dependent_launch
 from .replay import Launch, launched
-from .tile import (
-    find_tile,
-    scale_offset,
-    start_dependents_and_wait,
-    store_tile,
-    used_tiles,
-    wait_for_inputs,
-)
+from .tile import find_tile, scale_offset, store_tile, used_tiles, wait_to_quantize
 from .ue8m0 import to_float
 
 
@@ -54,10 +47,7 @@ def _act_quant_kernel(
     MN_MAJOR: tl.constexpr, PACKED: tl.constexpr, COPIES: tl.constexpr, EXPERTS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    if EXPERTS == 0 and COPIES == 0:
-        start_dependents_and_wait(PDL)
-    else:
-        wait_for_inputs(PDL)
+    wait_to_quantize(EXPERTS, COPIES, PDL)
     columns = tl.cdiv(groups, GROUPS)
     index, first_group = tl.program_id(0) // columns, tl.program_id(0) % columns * GROUPS
     if EXPERTS > 0:
