@@ -17,7 +17,7 @@ from vllm_ue8m0.library import OPS
 from vllm_ue8m0.plugin import fusion, norms
 
 EPS, GRAN = 1e-6, (128, 128)
-SCATTERS = (torch.ops.aten.slice_scatter.default,)  # that MLA's rotary embedding needs
+SCATTER = torch.ops.aten.slice_scatter.default  # that MLA's rotary embedding needs
 NORMS = ("rms_norm", "fused_add_rms_norm")
 M, K, N = 5, 256, 384
 Q, L, R = 256, 128, 64  # columns of compressed queries; of keys and values; of keys' rotary part
@@ -54,7 +54,7 @@ def fused(function, arguments, into=OPS.norm_linear.default):
     def compile(graph, _):
         before = sum(node.target is OPS.linear.default for node in graph.graph.nodes)
         fusion.fuse(graph.graph)
-        left_behind.extend(node for node in graph.graph.nodes if node.target in SCATTERS)
+        left_behind.extend(node for node in graph.graph.nodes if node.target is SCATTER)
         graph.graph.eliminate_dead_code()  # as vLLM does after all passes
         graph.graph.lint()
         graph.recompile()
