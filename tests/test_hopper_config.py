@@ -177,11 +177,11 @@ def test_tall_tiles_take_the_place_of_more_than_a_wave():
         config = experts_config(M, 8, E, 256, 7168, inner, 1, False, 132)
         return config.tall, config.least_tall
 
-    assert tall(16, 2048) == (0, 0)  # no expert has more rows than a tile
-    assert tall(17, 2048) == (1, 9)
+    assert tall(64, 2048) == (0, 0)  # no expert has more than four tiles
+    assert tall(65, 2048) == (2, 9)
     assert tall(128, 2048, 32) == (2, 9)
-    # 15 experts at most of two tiles, two units each.
-    assert tall(32, 256) == (0, 0)
+    # 15 experts at most of more than two tiles, two units each.
+    assert tall(65, 256) == (0, 0)
     assert tall(512, 256) == (2, 67)
     assert tall(2048, 2048) == (0, 0)  # every tile is tall
 

@@ -68,10 +68,10 @@ def test_quantization_compiles(capability):
             assert "ld.global.v4.b32" in line and "st.global.v4.b32" in line  # 16 bytes each
         if "_quant" in name and capability >= 89:
             assert "cvt.rn.satfinite.e4m3x2.f32" in line, f"{name}: {line}"
-        pdl = name in ("act_quant ue8m0", "act_quant packed") and capability >= 90
+        pdl = name in ("act_quant ue8m0", "act_quant packed", "silu_mul_quant") and capability >= 90
         assert ("griddepcontrol.wait" in line) == pdl, f"{name}: {line}"
-        # Before a product, not before routed experts.
-        early = pdl and name == "act_quant ue8m0"
+        # Not of layers' activations: shared experts' would take the SMs of vLLM's router.
+        early = pdl and name == "silu_mul_quant"
         assert ("dependents-before-wait" in line) == early, f"{name}: {line}"
 
 
@@ -175,7 +175,8 @@ def compile_quantization(build, capability: int) -> None:
     build("act_quant packed", kernel, pointers, {**tile, **packed, **sorted_rows})
     pointers = {"gate_up": BF16, "out": BYTES, "s": BYTES}
     kernel = silu_mul_quant._silu_mul_quant_kernel
-    build("silu_mul_quant", kernel, pointers, {**tile, **plain, **dense, "QUANTIZE": True})
+    constants = {**tile, **plain, **dense, "QUANTIZE": True, "PDL": pdl}
+    build("silu_mul_quant", kernel, pointers, constants)
     constants = {**tile, **plain, **dense, "QUANTIZE": False, "s": None}
     build("silu_mul", kernel, {"gate_up": BF16, "out": BF16}, constants)
     kernel = rms_norm_quant._rms_norm_quant_kernel
@@ -263,7 +264,7 @@ def compile_products(build, capability: int) -> None:
     if capability // 10 == 10:
         compile_block_scaled(build_gemm, dense, routed)
     pointers = {"slots": BF16, "topk_ids": I64, "out": BF16}
-    constants = {"TOPK": 8, "BLOCK_N": 1024, "PDL": capability >= 90}
+    constants = {"TOPK": 8, "IDS": 8, "BLOCK_N": 1024, "PDL": capability >= 90}
     build("combine", grouped_gemm._combine_kernel, pointers, constants)
 
 
@@ -309,12 +310,12 @@ def compile_routing(build) -> None:
     constants = {**tile, "EXPERTS": 32, "BLOCK": 128}
     build("batched tiles", route._tiles_kernel, pointers, constants, num_warps=4)
     pointers |= {"x": BF16, "q": BYTES, "s": BYTES}
-    groups = {"GROUP": route_quant.GROUP, "GROUPS": route_quant.GROUPS, "FLOOR": 105}
-    slots = {"COPIES": topk, "TOPK": topk, "SLOTS": route_quant.MOST_SLOTS}
-    slots["CHUNK"] = route_quant.CHUNK
-    constants = {**tile, **groups, **slots}
     kernel, warps = route_quant._route_quant_kernel, route_quant.WARPS
-    build("route few slots", kernel, pointers, constants, num_warps=warps)
+    sizes = {"GROUP": route_quant.GROUP, "FLOOR": 105, "COPIES": topk, "TOPK": topk}
+    for tokens in (1, 16, 64):
+        constants = {**tile, **sizes, "GROUPS": route_quant.program_groups(tokens)}
+        constants |= {"SLOTS": tokens * topk, "EXPERTS": experts}
+        build(f"route few slots {tokens}", kernel, pointers, constants, num_warps=warps)
 
 
 def compile_yardsticks(build) -> None:

@@ -12,7 +12,8 @@ def check(topk_ids, num_experts, rows, expert_map=None):
     from vllm_ue8m0.kernels.config import act_quant_config
 
     counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_ids.device)
-    for tall in ((0, 0), (1, 0), (2, 0), (1, 6), (1, 20)) if rows >= 16 else ((0, 0),):
+    kinds = ((0, 0), (1, 0), (2, 0), (1, 6), (1, 20)) if rows >= 16 else ((0, 0),)
+    for tall in kinds:
         routing = route.launch(topk_ids, expert_map, num_experts, rows, counts, *tall, chained=True)
         assert not counts.any()
         assert len(routing.progress) == len(routing.tiles) + 1 and not routing.progress.any()
@@ -25,18 +26,26 @@ def check(topk_ids, num_experts, rows, expert_map=None):
         act_quant.launch(x[None], q, s[None], 128, 105, True, config, **places)
         return routing
 
-    def route_and_quantize(x, q, s):
-        routing = route_quant.launch(x, q, s, topk_ids, expert_map, num_experts, rows, 105)
-        assert routing.scale_rows is None
-        assert len(routing.progress) > len(routing.tiles) and not routing.progress.any()
-        return routing
+    if not route_quant.takes(*topk_ids.shape):
+        return
+    check_quantized(quantize, topk_ids, num_experts, rows, expert_map, *tall)
+    for chained in (True, False):
 
-    if topk_ids.numel() <= route_quant.MOST_SLOTS:
-        for both in (quantize, route_and_quantize):
-            check_quantized(both, topk_ids, num_experts, rows, expert_map)
+        def route_and_quantize(x, q, s, chained=chained):
+            routing = route_quant.launch(
+                x, q, s, topk_ids, expert_map, num_experts, rows, 105, chained
+            )
+            assert routing.scale_rows is None
+            assert (routing.progress is not None) == chained
+            if chained:
+                assert len(routing.progress) == len(routing.tiles) + 1
+                assert not routing.progress.any()
+            return routing
+
+        check_quantized(route_and_quantize, topk_ids, num_experts, rows, expert_map)
 
 
-def check_quantized(quantize, topk_ids, num_experts, rows, expert_map):
+def check_quantized(quantize, topk_ids, num_experts, rows, expert_map, tall=0, least=0):
     """quantize(x, q, s) gives a routing; codes and scales are act_quant's, at the slots' rows."""
     from vllm_ue8m0 import portable
     from vllm_ue8m0.kernels import route
@@ -50,7 +59,7 @@ def check_quantized(quantize, topk_ids, num_experts, rows, expert_map):
         q = torch.empty(slots, K, dtype=torch.float8_e4m3fn, device=device)
         s = empty_scale((), places, 6, ue8m0, "mn_major", device)
         routing = quantize(x, q, s)
-        slot, places = check_routing(routing, topk_ids, num_experts, rows, expert_map)
+        slot, places = check_routing(routing, topk_ids, num_experts, rows, expert_map, tall, least)
         codes, scales = portable.act_quant(x, 128, ue8m0, 105)
         token = (slot // topk_ids.shape[1]).to(device)
         assert same_bits(q[: len(slot)], codes[token])
@@ -103,7 +112,8 @@ def check_routing(routing, topk_ids, num_experts, rows, expert_map, tall=0, leas
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("M", "topk", "E", "rows"), [
-    (1, 8, 256, 8), (3, 2, 5, 8), (16, 8, 24, 8), (32, 8, 60, 8), (21, 6, 3, 16), (40, 3, 2, 64),
+    (1, 8, 256, 8), (3, 2, 5, 8), (4, 8, 7, 8), (5, 7, 600, 8), (16, 8, 24, 8), (32, 8, 60, 8),
+    (21, 6, 3, 16), (40, 3, 2, 64), (64, 8, 256, 16), (65, 7, 9, 16), (17, 31, 40, 16),
     (128, 8, 256, 16), (129, 8, 60, 16), (700, 4, 7, 128), (99, 4, 11, 16), (300, 3, 6, 32),
 ])  # fmt: skip
 def test_slots_are_sorted(device, M, topk, E, rows, dtype):
@@ -119,7 +129,7 @@ def test_as_many_tall_tiles_as_can_be(device, most):
 
 
 def test_nothing_and_one_expert(device):
-    nothing = torch.full((50, 3), -1, dtype=torch.int32, device=device)
+    nothing = torch.full((20, 3), -1, dtype=torch.int32, device=device)
     for rows in (8, 16):
         check(nothing, 4, rows)
         check(torch.full_like(nothing, 2), 4, rows)

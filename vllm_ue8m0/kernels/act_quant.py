@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .config import FMA, TileConfig, dependent_launch
 from .replay import Launch, launched
-from .tile import find_tile, scale_offset, store_tile, used_tiles, wait_to_quantize
+from .tile import find_tile, scale_offset, store_tile, used_tiles, wait_for_inputs
 from .ue8m0 import to_float
 
 
@@ -47,7 +47,7 @@ def _act_quant_kernel(
     MN_MAJOR: tl.constexpr, PACKED: tl.constexpr, COPIES: tl.constexpr, EXPERTS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    wait_to_quantize(EXPERTS, COPIES, PDL)
+    wait_for_inputs(PDL)
     columns = tl.cdiv(groups, GROUPS)
     index, first_group = tl.program_id(0) // columns, tl.program_id(0) % columns * GROUPS
     if EXPERTS > 0:

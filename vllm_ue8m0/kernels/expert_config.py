@@ -20,10 +20,18 @@ PREFILL_ROWS = 128
 # Most expected rows of an expert where a second tile of it is rare. Two tiles read its weights from
 # L2, whose own bandwidth is less than twice the memory's.
 FEW_ROWS = 2
+# Of an expert that needs no tall ones. Their two launches mostly have nothing to do, take 3.5 us, and
+# hold SMs that shared experts would have. H200, 2026-11-30, 64 tokens, us without and with: 256
+# experts of 2048 2,246 and 2,245, skewed 1,570 and 1,566, all on the same eight 180 and 115; 32 of
+# 256, skewed, 344 and 346.
+MOST_TILES = 4
 MOST_TOPK = 16  # of one token without sorting
 MAX_STAGES = 4
 CHAIN_WARPS = 8  # of expert_chain that multiply
-CHAIN_REGISTERS = 168  # of a thread of it at the launch
+# Of a thread of it at the launch. They leave room for small kernels of shared experts, which else
+# wait for its end: with 168 a layer's norm came 7.4, 8.2 and 11.2 us after it for 1, 16 and 64
+# tokens, with 128 6.4, 5.4 and 9.1 (traces, H200, 2026-11-30).
+CHAIN_REGISTERS = 128
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ def experts_config(
     config = ExpertsConfig(rows, chain=_chain_stages(rows, H, inner, scale_bytes))
     tall, least = (1 if expected <= FEW_ROWS else 2), sms // ceil_div(inner, 128) + 1
     popular = min(E, M * topk // (tall * rows + 1))  # at most
-    if tall * rows >= M or most_tiles(M * topk, popular, rows) < least:
+    if MOST_TILES * rows >= M or most_tiles(M * topk, popular, rows) < least:
         return config
     return replace(config, tall=tall, least_tall=least)
 

@@ -148,7 +148,7 @@ def copy_ordered(
     programs = gl.num_programs(0)
     if GATED:
         wait_for_inputs()
-        start_dependents()
+    start_dependents()  # what follows the other product waits before it reads its results
     # What wrote the tiles ended before the kernel that let this one start.
     units = gl.load(num_tiles) * tiles_n
     unit = gl.program_id(0)
@@ -162,7 +162,6 @@ def copy_ordered(
                 mbarrier.expect(ready.index(i), nbytes)
                 copy_pair(w_desc, w_smem, ready.index(i), i, expert, n, i, N, True, GATED)
         wait_for_inputs()
-        start_dependents()
     stage, phase, done = 0, 1, 0
     if unit < units:
         expert, row, _, scale_row, n = ordered_unit(unit, units, tiles, tiles_n)

@@ -69,19 +69,23 @@ def _grouped_gemm_kernel(
 @triton.jit(do_not_specialize=["num_experts"])
 def _combine_kernel(
     slots, topk_ids, out, N, num_experts,
-    TOPK: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    TOPK: tl.constexpr, IDS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A part of a token's row; all its slots are loaded at once."""
-    wait_for_inputs(PDL)
+    """A part of a token's row; all its slots are loaded at once. IDS: a power of two."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    each = tl.arange(0, IDS)
+    # Before the wait: what wrote the ids ended before the kernel that let this one start.
+    expert = tl.load(topk_ids + row * TOPK + each, mask=each < TOPK, other=-1)
+    used = (expert >= 0) & (expert < num_experts)
+    bits = tl.sum(used.to(tl.int64) << each, 0)
+    wait_for_inputs(PDL)
     acc = tl.zeros([BLOCK_N], tl.float32)
     for k in tl.static_range(TOPK):
-        expert = tl.load(topk_ids + row * TOPK + k)
-        used = (expert >= 0) & (expert < num_experts)
         # A skipped slot was never written.
         source = slots + (row * TOPK + k) * N + column
-        acc += to_float(tl.load(source, mask=column < tl.where(used, N, 0), other=0.0))
+        some = tl.where((bits >> k) & 1 != 0, N, 0)
+        acc += to_float(tl.load(source, mask=column < some, other=0.0))
     tl.store(out + row * N + column, round_to(acc, out.dtype.element_ty), mask=column < N)
 
 
@@ -112,11 +116,15 @@ def launch(
 def combine(
     slots: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, out: torch.Tensor
 ) -> Launch:
-    """Sum slots [M * topk, N] over each token's valid topk_ids [M, topk] into out [M, N]."""
+    """Sum slots [M * topk, N] over each token's valid topk_ids [M, topk] into out [M, N].
+
+    topk is at most 64. What wrote topk_ids has ended when the kernel before lets this one start.
+    """
     (M, N), topk = out.shape, topk_ids.shape[1]
+    assert topk <= 64, f"{topk=}"
     block = 1024  # 16 bytes a thread and slot
     return Launch(
         _combine_kernel, (M, triton.cdiv(N, block)),
-        slots, topk_ids, out, N, num_experts, TOPK=topk, BLOCK_N=block, num_warps=4,
-        **dependent_launch(out.device),
+        slots, topk_ids, out, N, num_experts, TOPK=topk, IDS=triton.next_power_of_2(topk),
+        BLOCK_N=block, num_warps=4, **dependent_launch(out.device),
     )  # fmt: skip

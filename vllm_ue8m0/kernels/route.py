@@ -166,20 +166,31 @@ def programs(slots: int) -> int:
     return triton.cdiv(slots, SLOTS)
 
 
-def _empty_tiles(most: int, device: torch.device) -> Tiles:
+def _empty_tiles(most: int, order: torch.Tensor | None, device: torch.device) -> Tiles:
     kind: dict[str, Any] = {"dtype": torch.int32, "device": device}
     tiles = torch.empty(most, TILE_FIELDS.value, **kind)
-    return Tiles(tiles=tiles, num_tiles=torch.empty(1, **kind))
+    return Tiles(tiles=tiles, num_tiles=torch.empty(1, **kind), order=order)
 
 
-def empty_routing(topk_ids: torch.Tensor, num_experts: int, rows: int) -> Routing:
+def empty_routing(
+    topk_ids: torch.Tensor, num_experts: int, rows: int, most: int, chained: bool
+) -> Routing:
+    """Its tensors; as `launch`, without scale_rows."""
     slots, device = topk_ids.numel(), topk_ids.device
-    tiles = _empty_tiles(most_tiles(slots, num_experts, rows), device)
     order = torch.empty(slots, dtype=torch.int32, device=device)
+    tiles = _empty_tiles(most_tiles(slots, num_experts, rows), order, device)
+    tall = progress = None
+    if most:
+        assert rows == scale_pitch(rows), "scales of tall tiles are not in one piece"
+        popular = min(num_experts, slots // (most * rows + 1))
+        tall = _empty_tiles(most_tiles(slots, popular, PREFILL_ROWS), order, device)
+    if chained:
+        progress = torch.empty(len(tiles.tiles) + 1, dtype=torch.int32, device=device)
     destinations = torch.empty(topk_ids.shape, dtype=torch.int32, device=device)
     return Routing(
-        tiles=tiles.tiles, num_tiles=tiles.num_tiles, order=order, destinations=destinations
-    )
+        tiles=tiles.tiles, num_tiles=tiles.num_tiles, order=order, destinations=destinations,
+        tall=tall, progress=progress,
+    )  # fmt: skip
 
 
 def launch(
@@ -191,18 +202,9 @@ def launch(
     counts [E + 1] int32 zeros, the last of which is `done`. chained: with progress.
     """
     slots, device = topk_ids.numel(), topk_ids.device
-    routing = empty_routing(topk_ids, num_experts, rows)
+    routing = empty_routing(topk_ids, num_experts, rows, most, chained)
     starts = torch.empty(2 * num_experts, dtype=torch.int32, device=device)  # rows, then scales'
-    scale_rows = torch.empty_like(routing.destinations)
-    high = None
-    if most:
-        assert rows == scale_pitch(rows), "scales of tall tiles are not in one piece"
-        bound = most_tiles(slots, min(num_experts, slots // (most * rows + 1)), PREFILL_ROWS)
-        high = replace(_empty_tiles(bound, device), order=routing.order)
-    progress = None
-    if chained:
-        progress = torch.empty(len(routing.tiles) + 1, dtype=torch.int32, device=device)
-    routing = replace(routing, scale_rows=scale_rows, tall=high, progress=progress)
+    routing = replace(routing, scale_rows=torch.empty_like(routing.destinations))
     _launch_count(topk_ids, expert_map, num_experts, rows, counts, starts, routing, most, least)
     if programs(slots) > 1:
         _launch_place(topk_ids, expert_map, num_experts, rows, starts, routing)
@@ -278,7 +280,7 @@ def batched_tiles(counts: torch.Tensor, T: int, rows: int) -> tuple[Tiles, torch
     """Of expert e the rows e * T to e * T + counts[e]: (tiles, scale_rows [E, T])."""
     E, device = len(counts), counts.device
     scale_rows = torch.empty(E, T, dtype=torch.int32, device=device)
-    tiles = _empty_tiles(E * triton.cdiv(T, rows), device)
+    tiles = _empty_tiles(E * triton.cdiv(T, rows), None, device)
     _tiles_kernel[(E,)](
         counts, scale_rows, tiles.tiles, tiles.num_tiles, E, T,
         ROWS=rows, PITCH=scale_pitch(rows), EXPERTS=triton.next_power_of_2(E), BLOCK=256,

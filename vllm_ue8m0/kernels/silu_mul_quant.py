@@ -13,7 +13,14 @@ import triton.language as tl
 
 from .config import FMA, TileConfig, dependent_launch
 from .replay import Launch, launched
-from .tile import find_tile, scale_offset, store_tile, used_tiles, wait_to_quantize
+from .tile import (
+    find_tile,
+    scale_offset,
+    start_dependents_and_wait,
+    store_tile,
+    used_tiles,
+    wait_for_inputs,
+)
 from .ue8m0 import round_to, to_float
 
 
@@ -51,7 +58,10 @@ def _silu_mul_quant_kernel(
     MN_MAJOR: tl.constexpr, PACKED: tl.constexpr, COPIES: tl.constexpr, EXPERTS: tl.constexpr,
     QUANTIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    wait_to_quantize(EXPERTS, COPIES, PDL)
+    if EXPERTS == 0 and COPIES == 0:  # a product follows
+        start_dependents_and_wait(PDL)
+    else:
+        wait_for_inputs(PDL)
     columns = tl.cdiv(groups, GROUPS)
     index, first_group = tl.program_id(0) // columns, tl.program_id(0) % columns * GROUPS
     if EXPERTS > 0:

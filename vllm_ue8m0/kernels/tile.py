@@ -42,15 +42,6 @@ def start_dependents_and_wait(PDL: tl.constexpr):
 
 
 @triton.jit
-def wait_to_quantize(EXPERTS: tl.constexpr, COPIES: tl.constexpr, PDL: tl.constexpr):
-    """Before a product, or, of rows by expert or that are sorted, before routed experts."""
-    if EXPERTS == 0 and COPIES == 0:
-        start_dependents_and_wait(PDL)
-    else:
-        wait_for_inputs(PDL)
-
-
-@triton.jit
 def used_tiles(counts, M, E, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
     """Tiles of each matrix's used rows, and how many there are up to its end: int32 [EXPERTS]."""
     expert = tl.arange(0, EXPERTS)

@@ -99,19 +99,16 @@ def experts(
 
     a, a_s = _empty_quantized(slots, H, scale_rows, ue8m0, device)
     source = unit_stride(source)
-    if slots <= route_quant.MOST_SLOTS and not config.tall:
-        routing = route_quant.launch(source, a, a_s, ids, expert_map, E, config.rows, SF_FLOOR)
+    chained = config.chain is not None
+    if route_quant.takes(M, topk) and not config.tall:
+        routing = route_quant.launch(
+            source, a, a_s, ids, expert_map, E, config.rows, SF_FLOOR, chained
+        )
     else:
         routing = route.launch(
-            ids,
-            expert_map,
-            E,
-            config.rows,
-            counters(w2, E + 1),
-            config.tall,
-            config.least_tall,
-            config.chain is not None,
-        )
+            ids, expert_map, E, config.rows, counters(w2, E + 1), config.tall, config.least_tall,
+            chained,
+        )  # fmt: skip
         act_quant.launch(
             source[None], a, a_s[None], BLOCK, SF_FLOOR, True,
             act_quant_config(M, ceil_div(H, BLOCK), True),
@@ -201,8 +198,8 @@ def experts_plan(
         config, slots = experts_config(M, topk, *sizes, batch_invariant(), sms), M * topk
         if config.one_token:
             return config
-        if slots <= route_quant.MOST_SLOTS and not config.tall:
-            return config, route_quant.compared_slots(slots)
+        if route_quant.takes(M, topk) and not config.tall:
+            return config, route_quant.seen_slots(slots), route_quant.program_groups(M)
         one = route.programs(slots) == 1
         return config, one, act_quant_config(M, ceil_div(H, BLOCK), True)
 
