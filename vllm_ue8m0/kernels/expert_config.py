@@ -20,8 +20,8 @@ PREFILL_ROWS = 128
 # Most expected rows of an expert where a second tile of it is rare. Two tiles read its weights from
 # L2, whose own bandwidth is less than twice the memory's.
 FEW_ROWS = 2
-# Of an expert that needs no tall ones. Their two launches mostly have nothing to do, take 3.5 us, and
-# hold SMs that shared experts would have. H200, 2026-11-30, 64 tokens, us without and with: 256
+# Of an expert that needs no tall ones. Their two launches mostly have nothing to do, take 3.5 us,
+# and hold SMs that shared experts would have. H200, 2026-11-30, 64 tokens, us without and with: 256
 # experts of 2048 2,246 and 2,245, skewed 1,570 and 1,566, all on the same eight 180 and 115; 32 of
 # 256, skewed, 344 and 346.
 MOST_TILES = 4
