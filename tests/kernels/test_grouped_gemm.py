@@ -148,9 +148,9 @@ def test_combine_sums_in_slot_order(device):
     slots = torch.randn(M * topk, N, device=device) * torch.logspace(-3, 3, N, device=device)
     slots = slots.to(BF16)
     ids = routings(M, topk)["some_skipped"].to(device)
-    ids[3] = -1
-    flat = (ids.flatten() < 0).nonzero().flatten()
-    slots[flat] = torch.nan  # never read
+    ids[3], ids[5, 1:3] = -1, torch.tensor([E, E + 7], device=device)
+    skipped = ((ids < 0) | (ids >= E)).flatten()
+    slots[skipped] = torch.nan  # never read
     out = torch.empty(M, N, dtype=BF16, device=device)
     grouped_gemm.combine(slots, ids, E, out)
     wanted = torch.zeros(M, N, device=device)

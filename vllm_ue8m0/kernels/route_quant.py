@@ -25,10 +25,10 @@ GROUP, WARPS = 128, 8
 @triton.jit
 def _compare(expert, used, j, mine, ROWS: tl.constexpr):
     """Of experts `mine` the first row, the end, the first tile and their number; that of all."""
-    each = (expert[None, :] == expert[:, None]) & used[None, :]  # [slot, other slot]
-    begins = used & (tl.sum((each & (j[None, :] < j[:, None])).to(tl.int32), 1) % ROWS == 0)
+    earlier = (expert[None, :] == expert[:, None]) & (j[None, :] < j[:, None])
+    begins = used & (tl.sum(earlier.to(tl.int32), 1) % ROWS == 0)
     less = used[None, :] & (expert[None, :] < mine[:, None])
-    same = used[None, :] & (expert[None, :] == mine[:, None])
+    same = expert[None, :] == mine[:, None]
     start = tl.sum(less.to(tl.int32), 1)
     place = tl.sum((less & begins[None, :]).to(tl.int32), 1)
     number = tl.sum((same & begins[None, :]).to(tl.int32), 1)
@@ -73,8 +73,8 @@ def _route_quant_kernel(
         start, end, place, number, total = _compare(expert, used, j, mine, ROWS)
     else:
         start, end, place, number, total = _count(expert, used, mine, ROWS, EXPERTS)
-    before = (expert[None, :] == mine[:, None]) & used[None, :] & (j[None, :] < slot[:, None])
-    rank = tl.sum(before.to(tl.int32), 1)
+    earlier = (expert[None, :] == mine[:, None]) & (j[None, :] < slot[:, None])
+    rank = tl.sum(earlier.to(tl.int32), 1)
     row = tl.where(here, start + rank, -1)
     tile = place + rank // ROWS
     scale_row = tile * PITCH + rank % ROWS
