@@ -69,9 +69,10 @@ def candidates(most: int) -> Iterator[int]:
 def linear(
     dtype: torch.dtype, w: torch.Tensor, sf: torch.Tensor, c: torch.Tensor | None,
     bias: torch.Tensor | None, gran: Sequence[int], activation_scale: str, most: int,
+    activated: bool = False,
 ) -> Operator | None:  # fmt: skip
-    """`linear` of a layer with activations of `dtype`, and of codes that a norm before it writes;
-    None where nothing is compiled.
+    """`linear` of a layer with activations of `dtype`, and of codes that a norm before it writes,
+    or, if `activated`, silu_mul; None where nothing is compiled.
     """
     backend = _compiling("linear", w.device)
     if backend is None:
@@ -85,9 +86,11 @@ def linear(
         layer = w, sf, c, bias, gran, activation_scale
         backend.linear(x, *layer)
         backend.norm_linear(x, weight, 1e-6, None, False, *layer)
+        if activated:
+            backend.silu_mul_linear(torch.cat((x, x), 1), *layer)
 
     plan = backend.linear_plan(rows(1), w, sf, gran, activation_scale)
-    key = "linear", dtype, *map(_kind, (w, sf, c, bias)), tuple(gran), activation_scale
+    key = "linear", dtype, *map(_kind, (w, sf, c, bias)), tuple(gran), activation_scale, activated
     return Operator(key, plan, launch, most)
 
 

@@ -12,14 +12,16 @@ from offline_compiler import report, target
 GPU = "NVIDIA H100 80GB HBM3"  # there is a table for it
 NO_TABLE = "a GPU without a table"
 B200 = "NVIDIA B200"  # backend sm100; sm90 elsewhere
-# N, K of w; activation scales; dtype of w's; GPU
+# N, K of w; activation scales; dtype of w's; whether an activation comes before; GPU
 LINEAR = (
-    (2112, 7168, "ue8m0", "u8", GPU),
-    (7168, 2048, "ue8m0", "u8", NO_TABLE),
-    (24576, 1536, "fp32", "f32", GPU),
-    (4608, 7168, "none", "u8", GPU),  # portable
-    (2112, 7168, "ue8m0", "u8", B200),
-    (24576, 1536, "ue8m0", "f32", B200),  # portable
+    (2112, 7168, "ue8m0", "u8", False, GPU),
+    (7168, 2048, "ue8m0", "u8", False, NO_TABLE),
+    (7168, 18432, "ue8m0", "u8", True, GPU),
+    (7168, 2048, "ue8m0", "u8", True, NO_TABLE),
+    (24576, 1536, "fp32", "f32", False, GPU),
+    (4608, 7168, "none", "u8", True, GPU),  # portable
+    (2112, 7168, "ue8m0", "u8", True, B200),
+    (24576, 1536, "ue8m0", "f32", False, B200),  # portable
 )
 # experts here, of all; intermediate size, top k; scales; GPU
 EXPERTS = (
@@ -48,6 +50,13 @@ def test_every_kernel_is_warmed_up(number):
     assert launches < 800
 
 
+@pytest.mark.parametrize("number", range(len(LINEAR)))
+def test_norms_and_activations_too(number):
+    names, activated = results()[f"names {number}"].split(), LINEAR[number][4]
+    assert "_rms_norm_quant_kernel" in names
+    assert ("_silu_mul_quant_kernel" in names) == activated
+
+
 def check(number, operator, seen, rows) -> None:
     """Prints kernels that only `rows` launch, kernels in all, numbers of rows that are tried."""
     representatives = [M for some in operator.representatives().values() for M in some]
@@ -60,6 +69,7 @@ def check(number, operator, seen, rows) -> None:
             print(f"missing {number}: {M} rows: {min(seen - warm)}")
             break
     print(f"case {number}: {len(seen - warm)} {len(warm)} {len(representatives)}")
+    print(f"names {number}: {' '.join(sorted({name for name, *_ in seen}))}")
     seen.clear()
 
 
@@ -129,15 +139,15 @@ def main() -> None:
     random.seed(0)
     rows = [*range(1, 300), *random.sample(range(300, MOST), 200)]
     gran, e4m3 = (128, 128), torch.float8_e4m3fn
-    for number, (N, K, scale, sf, gpu) in enumerate(LINEAR):
+    for number, (N, K, scale, sf, activated, gpu) in enumerate(LINEAR):
         for module in (experts, products, hopper_config):
             module.device_of = lambda index, gpu=gpu: (gpu, 132)
         hopper_config.decode_config.cache_clear()
         hopper_config.prefill_config.cache_clear()
         run_on(gpu)
         w, s = zeros(N, K, dtype=e4m3), zeros(-(-N // 128), K // 128, dtype=dtypes[sf])
-        operator = warmup.linear(torch.bfloat16, w, s, None, None, gran, scale, MOST)
-        check(number, operator, seen, rows)
+        layer = w, s, None, None, gran, scale
+        check(number, warmup.linear(torch.bfloat16, *layer, MOST, activated), seen, rows)
     for number, (E, num_global, inner, topk, scale, gpu) in enumerate(EXPERTS, len(LINEAR)):
         run_on(gpu)
         w13, w2 = zeros(E, 2 * inner, 512, dtype=e4m3), zeros(E, 512, inner, dtype=e4m3)

@@ -47,12 +47,14 @@ def linear_layer(config, prefix):
 
 def test_linear_layers_are_handed_over_after_the_last(handed):
     config = Ue8m0Config.from_config({"quant_method": "fp8", "weight_block_size": [128, 128]})
-    layers = [linear_layer(config, f"model.layers.0.{name}") for name in ("o_proj", "kv_b_proj")]
-    layers[0][0].process_weights_after_loading(layers[0][1])
-    assert not handed
-    layers[1][0].process_weights_after_loading(layers[1][1])
-    assert [operator.most for operator in handed[0]] == [TOKENS, compat.MLA_CONTEXT_ROWS]
-    assert len({operator.key for operator in handed[0]}) == 1  # the same kernels
+    names = "o_proj", "kv_b_proj", "down_proj"
+    layers = [linear_layer(config, f"model.layers.0.{name}") for name in names]
+    for method, layer in layers:
+        assert not handed
+        method.process_weights_after_loading(layer)
+    assert [operator.most for operator in handed[0]] == [TOKENS, compat.MLA_CONTEXT_ROWS, TOKENS]
+    same, other, activated = (operator.key for operator in handed[0])
+    assert same == other != activated  # the same kernels, and an activation's
     # A reload has nothing to compile, and nothing here keeps the old weights.
     assert config._operators is None
 

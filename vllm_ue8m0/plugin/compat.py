@@ -23,6 +23,7 @@ GRAPH_PASS = "post_grad_custom_post_pass"  # Inductor's option
 
 # By module; read by tools/signatures, which looks for them in every release.
 _LAZY = {
+    "vllm.model_executor.layers.activation": ("SiluAndMul",),
     "vllm.model_executor.layers.fused_moe": ("FusedMoEMethodBase", "RoutedExperts"),
     "vllm.model_executor.layers.fused_moe.activation": ("MoEActivation",),
     "vllm.model_executor.layers.fused_moe.config": ("fp8_w8a16_moe_quant_config",),
@@ -71,6 +72,7 @@ __all__ = [
     "register_quantization_config",
     "replace_parameter",
     "router_ids_dtype",
+    "shared_mlp",
     "version_warning",
     *_MODULE_OF,
 ]
@@ -156,6 +158,11 @@ def most_rows(prefix: str) -> int:
     if prefix.rsplit(".", 1)[-1] == "kv_b_proj":
         return max(most, MLA_CONTEXT_ROWS)
     return most
+
+
+def shared_mlp(shared_experts: Any) -> Any:
+    """The module that vLLM runs as shared experts, or None."""
+    return getattr(shared_experts, "_layer", None)
 
 
 def router_ids_dtype() -> torch.dtype:

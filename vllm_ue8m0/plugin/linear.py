@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import library, warmup  # noqa: F401  (library defines torch.ops.vllm_ue8m0)
+from .. import warmup
 from ..formats import BLOCK
 from ..layouts import ceil_div, common_gran, grid_shape, output_gran
+from ..library import OPS
 from . import compat
 from .loading import (
     DUMMY_SCALE,
@@ -121,14 +122,18 @@ class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
             gran,
             self.config.spec.activation_scale,
             compat.most_rows(self.prefix),
+            activated=self.prefix.rsplit(".", 1)[-1] == "down_proj",
         )
         finer = gran != (BLOCK, BLOCK)
         self.config.layer_done("linear", done.kind, finer, done.sf.device, operator)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [.., K], or gate and up [.., 2 K], whose activation plugin/shared.py left to this."""
         if x.dtype == E4M3:  # MLA with FP8 prefill hands its latent over as e4m3
             x = x.to(layer.orig_dtype)
-        out: torch.Tensor = torch.ops.vllm_ue8m0.linear(
+        wide = x.shape[-1] == 2 * layer.input_size_per_partition
+        operator = OPS.silu_mul_linear if wide else OPS.linear
+        out: torch.Tensor = operator(
             x.reshape(-1, x.shape[-1]),
             layer.weight,
             layer.weight_scale_inv,

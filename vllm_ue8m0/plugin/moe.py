@@ -28,6 +28,7 @@ from .loading import (
     scale_loader,
     weight_loader,
 )
+from .shared import take_activation
 from .weights import encode, like_served, uniform
 
 if TYPE_CHECKING:
@@ -215,6 +216,8 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
         shared_experts_input: torch.Tensor | None,
     ) -> Any:
         assert self.moe_kernel is not None
+        if shared_experts is not None and not torch.compiler.is_compiling():
+            take_activation(shared_experts)
         if isinstance(self.moe_kernel.prepare_finalize, compat.MoEPrepareAndFinalizeNoDPEPModular):
             # Tokens stay where they are. vLLM's kernel would copy the result: 2 us of a decoded
             # token's layer (H200, vLLM 0.26, 2026-11-30).
