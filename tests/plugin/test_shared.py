@@ -71,6 +71,14 @@ def test_taken_by_the_first_call_of_the_experts(experts):
         layer = down.weight, down.weight_scale_inv, None, None, GRAN, "fp32"
         assert same_bits(mlp(gate_up), reference.silu_mul_linear(gate_up, *layer))
         assert same_bits(mlp(gate_up), before)
+        # A graph that was compiled before.
+        assert same_bits(mlp.down_proj(SiluAndMul.forward_native(gate_up)), before)
+
+
+def test_no_other_layer_activates():
+    """A wrong width is an error."""
+    with pytest.raises((RuntimeError, ValueError)):
+        Down(None)(torch.randn(7, 2 * K).bfloat16())
 
 
 class Other(SiluAndMul):

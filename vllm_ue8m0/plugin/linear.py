@@ -42,6 +42,7 @@ class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
     def __init__(self, config: Ue8m0Config, prefix: str) -> None:
         self.config = config
         self.prefix = prefix
+        self.activates = False  # see plugin/shared.py
 
     def create_weights(
         self,
@@ -128,11 +129,11 @@ class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
         self.config.layer_done("linear", done.kind, finer, done.sf.device, operator)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [.., K], or gate and up [.., 2 K], whose activation plugin/shared.py left to this."""
+        """x [.., K], or gate and up [.., 2 K] where this layer `activates`."""
         if x.dtype == E4M3:  # MLA with FP8 prefill hands its latent over as e4m3
             x = x.to(layer.orig_dtype)
-        wide = x.shape[-1] == 2 * layer.input_size_per_partition
-        operator = OPS.silu_mul_linear if wide else OPS.linear
+        both = self.activates and x.shape[-1] == 2 * layer.input_size_per_partition
+        operator = OPS.silu_mul_linear if both else OPS.linear
         out: torch.Tensor = operator(
             x.reshape(-1, x.shape[-1]),
             layer.weight,

@@ -16,7 +16,10 @@ from .linear import Ue8m0LinearMethod
 
 
 class _Left(torch.nn.Module):
-    """In place of an activation: the layer behind it is given gate and up, as `apply` expects."""
+    """In place of an activation: the layer behind it is given gate and up, and activates them.
+
+    A graph that was compiled before still gives that layer the activation's result.
+    """
 
     def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
         return gate_up
@@ -32,4 +35,5 @@ def take_activation(shared_experts: Any) -> None:
         return
     down = mlp.down_proj
     if isinstance(down, compat.LinearBase) and isinstance(down.quant_method, Ue8m0LinearMethod):
+        down.quant_method.activates = True
         mlp.act_fn = _Left()
