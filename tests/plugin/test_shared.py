@@ -75,6 +75,13 @@ def test_taken_by_the_first_call_of_the_experts(experts):
         assert same_bits(mlp.down_proj(SiluAndMul.forward_native(gate_up)), before)
 
 
+def test_a_graph_that_is_traced_keeps_its_modules(experts, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    mlp = DeepseekV2MLP()
+    experts(mlp)
+    assert isinstance(mlp.act_fn, SiluAndMul)
+
+
 def test_no_other_layer_activates():
     """A wrong width is an error."""
     with pytest.raises((RuntimeError, ValueError)):

@@ -34,7 +34,9 @@ def wait_for_inputs(PDL: tl.constexpr):
 def start_dependents_and_wait(PDL: tl.constexpr):
     """wait_for_inputs of a kernel that a product follows: that one fetches its weights meanwhile.
 
-    Not before routed experts: they would take SMs that shared experts are to run on.
+    Not before routed experts: they would take SMs that shared experts are to run on. Nor beside the
+    router (act_quant); whether shared experts' silu_mul_quant should, beside routed experts, has
+    not been measured.
     """
     if PDL:
         gdc_launch_dependents()

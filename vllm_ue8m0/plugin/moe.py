@@ -216,7 +216,7 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
         shared_experts_input: torch.Tensor | None,
     ) -> Any:
         assert self.moe_kernel is not None
-        if shared_experts is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # a graph would have its own idea of the module
             take_activation(shared_experts)
         if isinstance(self.moe_kernel.prepare_finalize, compat.MoEPrepareAndFinalizeNoDPEPModular):
             # Tokens stay where they are. vLLM's kernel would copy the result: 2 us of a decoded
