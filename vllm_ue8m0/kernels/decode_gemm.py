@@ -140,11 +140,6 @@ def _decode_gemm_kernel(
     ws_smem = gl.allocate_shared_memory(gl.float32, [2, BLOCKS], line)
     ws_each = reinterpret(ws_smem, gl.float32, [2 * BLOCKS, 1], line)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
-    fence_async_shared()
-    barrier()
-
     split = gl.program_id(0) % SPLITS
     group = gl.program_id(0) // SPLITS
     groups = gl.num_programs(0) // SPLITS
@@ -154,6 +149,20 @@ def _decode_gemm_kernel(
     tiles = gl.cdiv(N, BLOCK_N)
     total = (tiles - group + groups - 1) // groups * (blocks // 2)
 
+    # Weight scales of two tiles, then always two ahead. They are asked for before any weights:
+    # behind a ring of those they come when all of it has, and the memory has nothing to do then.
+    # H200, 2026-11-30, attention's and shared experts' products of a layer, us after and before:
+    # 203.0 and 203.9 for one token, 220.2 and 220.8 for 16, 239.0 and 240.9 for 64.
+    block: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    sf += gl.minimum(first_k + gl.arange(0, BLOCKS, block), NK - 1)
+    ws_first = gl.load(sf + group * BLOCK_N // 128 * stride_sf)
+    second = gl.minimum(group + groups, tiles - 1)
+    ws_following = gl.load(sf + second * BLOCK_N // 128 * stride_sf)
+
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+    fence_async_shared()
+    barrier()
     nbytes: gl.constexpr = 2 * 128 * (BLOCK_N + (0 if FUSED else TOKENS))
     next_tile = group
     next_k = 0
@@ -164,10 +173,7 @@ def _decode_gemm_kernel(
         next_tile, next_k = _advance(next_tile, next_k, groups, blocks)
     if not FUSED:
         start_dependents()
-    # Weight scales reach shared memory a tile ahead of their use.
-    block: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    sf += gl.minimum(first_k + gl.arange(0, BLOCKS, block), NK - 1)
-    ws_smem.index(0).store(float_scale(gl.load(sf + group * BLOCK_N // 128 * stride_sf)))
+    ws_smem.index(0).store(float_scale(ws_first))
     wait_for_inputs()
 
     if FUSED:
@@ -192,8 +198,8 @@ def _decode_gemm_kernel(
     raw1 = gl.zeros([BLOCK_N, TOKENS], gl.float32, mma)
     for tile in range(group, tiles, groups):
         acc = gl.zeros([BLOCK_N, TOKENS], gl.float32, mma)
-        following = gl.minimum(tile + groups, tiles - 1)
-        ws_following = gl.load(sf + following * BLOCK_N // 128 * stride_sf)
+        later = gl.minimum(tile + 2 * groups, tiles - 1)
+        ws_later = gl.load(sf + later * BLOCK_N // 128 * stride_sf)
         for k in range(0, blocks, 2):
             mbarrier.wait(ready.index(stage), phase)
             slot = k if FUSED else 2 * stage
@@ -230,6 +236,7 @@ def _decode_gemm_kernel(
             phase = gl.where(wrap, phase ^ 1, phase)
         side = side ^ 1
         ws_smem.index(side).store(float_scale(ws_following))
+        ws_following = ws_later
         _finish(
             acc, c, bias, out, partial, counters, tile, split, M, N, BLOCK_N, TOKENS, SPLITS, WARPS
         )  # fmt: skip
