@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import FMA, TileConfig, dependent_launch
+from .config import FMA, TileConfig, dependent_launch, starts_product
 from .replay import Launch, launched
 from .tile import (
     find_tile,
@@ -51,14 +51,14 @@ def _tile(
         tl.store(out + row[:, None] * K + k[None, :], hidden, mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "stride_s"])
+@triton.jit(do_not_specialize=["M", "stride_s", "early"])
 def _silu_mul_quant_kernel(
-    gate_up, out, s, counts, destinations, E, M, K, groups, stride_e, stride_m, stride_s,
+    gate_up, out, s, counts, destinations, E, M, K, groups, stride_e, stride_m, stride_s, early,
     FLOOR: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
     MN_MAJOR: tl.constexpr, PACKED: tl.constexpr, COPIES: tl.constexpr, EXPERTS: tl.constexpr,
     QUANTIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if EXPERTS == 0 and COPIES == 0:  # a product follows
+    if early:
         start_dependents_and_wait(PDL)
     else:
         wait_for_inputs(PDL)
@@ -101,6 +101,7 @@ def launch(
         gate_up, out if s is None else out.view(torch.uint8), s, counts, destinations, E, M, K,
         groups, gate_up.stride(0) if E > 1 else 0, gate_up.stride(1) if M > 1 else 2 * K,
         0 if s is None else s.stride(2),
+        int(counts is None and destinations is None and starts_product(M, groups)),
         FLOOR=floor, GROUP=group, ROWS=config.rows, GROUPS=config.groups, MN_MAJOR=mn_major,
         PACKED=s is not None and s.dtype == torch.int32,
         COPIES=0 if destinations is None else destinations.shape[1],

@@ -34,9 +34,9 @@ def wait_for_inputs(PDL: tl.constexpr):
 def start_dependents_and_wait(PDL: tl.constexpr):
     """wait_for_inputs of a kernel that a product follows: that one fetches its weights meanwhile.
 
-    Not before routed experts: they would take SMs that shared experts are to run on. Nor beside the
-    router (act_quant); whether shared experts' silu_mul_quant should, beside routed experts, has
-    not been measured.
+    Not before routed experts: they would take SMs that shared experts are to run on. Nor before
+    products of shared experts (act_quant, silu_mul_quant of many rows): while these wait for SMs,
+    the router and what sorts tokens, on another stream, do not start.
     """
     if PDL:
         gdc_launch_dependents()
