@@ -6,6 +6,7 @@ import torch
 from checks import same_quantized
 
 from vllm_ue8m0 import portable, reference
+from vllm_ue8m0.kernels import config, silu_mul_quant
 from vllm_ue8m0.layouts import SCALE_LAYOUTS
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -100,3 +101,27 @@ def test_permuted_rows(device, poison, layout):
 def test_empty(device):
     q, s = run(torch.zeros(0, 256, device=device), 128, "ue8m0")
     assert q.shape == (0, 128) and s.shape == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "experts", "early"),
+    [
+        (1, 2048, False, True),
+        (8, 2048, False, True),
+        (9, 2048, False, False),
+        (64, 2048, False, False),
+        (64, 2304, False, True),
+        (1, 2048, True, False),
+    ],
+)
+def test_which_start_their_product(rows, columns, experts, early):
+    """Not those of many rows that are as narrow as shared experts', nor any of routed ones."""
+    gate_up = torch.zeros(1, rows, 2 * columns, dtype=torch.bfloat16)
+    counts = torch.ones(1, dtype=torch.int32) if experts else None
+    out = torch.zeros(1, rows, columns, dtype=torch.float8_e4m3fn)
+    s = torch.zeros(1, rows, columns // 128, dtype=torch.uint8)
+    described = silu_mul_quant.launch.__wrapped__(
+        gate_up, out, s, 128, 0, False, config.TileConfig(1, 4, 1), counts
+    )
+    names = silu_mul_quant._silu_mul_quant_kernel.arg_names
+    assert dict(zip(names, described.args, strict=False))["early"] == early
