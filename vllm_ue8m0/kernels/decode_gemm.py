@@ -36,6 +36,7 @@ from .hopper import (
     column_major,
     copy_to_shared,
     float_scale,
+    next_stage,
     quantize,
     reinterpret,
     start_dependents,
@@ -140,8 +141,7 @@ def _decode_gemm_kernel(
     ws_smem = gl.allocate_shared_memory(gl.float32, [2, BLOCKS], line)
     ws_each = reinterpret(ws_smem, gl.float32, [2 * BLOCKS, 1], line)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    split = gl.program_id(0) % SPLITS
-    group = gl.program_id(0) // SPLITS
+    group, split = gl.program_id(0) // SPLITS, gl.program_id(0) % SPLITS
     groups = gl.num_programs(0) // SPLITS
     pairs = gl.cdiv(NK, 2)
     first_k = split * pairs // SPLITS * 2
@@ -149,23 +149,19 @@ def _decode_gemm_kernel(
     tiles = gl.cdiv(N, BLOCK_N)
     total = (tiles - group + groups - 1) // groups * (blocks // 2)
 
-    # Weight scales of two tiles, then always two ahead. They are asked for before any weights:
-    # behind a ring of those they come when all of it has, and the memory has nothing to do then.
-    # H200, 2026-11-30, attention's and shared experts' products of a layer, us after and before:
-    # 203.0 and 203.9 for one token, 220.2 and 220.8 for 16, 239.0 and 240.9 for 64.
+    # Weight scales of two tiles, then always two ahead, and these before any weights: behind a ring
+    # of those they come when all of it has, with the memory idle (docs/design.md has figures).
     block: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     sf += gl.minimum(first_k + gl.arange(0, BLOCKS, block), NK - 1)
     ws_first = gl.load(sf + group * BLOCK_N // 128 * stride_sf)
     second = gl.minimum(group + groups, tiles - 1)
     ws_following = gl.load(sf + second * BLOCK_N // 128 * stride_sf)
-
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
     barrier()
     nbytes: gl.constexpr = 2 * 128 * (BLOCK_N + (0 if FUSED else TOKENS))
-    next_tile = group
-    next_k = 0
+    next_tile, next_k = group, 0
     for i in gl.static_range(STAGES):
         has = i < total
         mbarrier.expect(ready.index(i), nbytes, pred=has)
@@ -230,10 +226,7 @@ def _decode_gemm_kernel(
                 next_tile, next_k = _advance(next_tile, next_k, groups, blocks)
                 done += 1
             acc = gl.fma(raw1, gl.expand_dims(f1, 0).broadcast_to(acc.shape), acc)
-            stage += 1
-            wrap = stage == STAGES
-            stage = gl.where(wrap, 0, stage)
-            phase = gl.where(wrap, phase ^ 1, phase)
+            stage, phase = next_stage(stage, phase, 1, STAGES)
         side = side ^ 1
         ws_smem.index(side).store(float_scale(ws_following))
         ws_following = ws_later
