@@ -2,7 +2,7 @@
 
 Each has a fake implementation and, but for `weight_quant`, never synchronizes with the host on a
 GPU. Arguments are those of `reference`; `experts` and `batched_experts` write to a tensor given
-first, `rotary_embedding` changes its first two, the others mutate nothing.
+first, `rotary_embedding` changes its first two and a cache, the others mutate nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ _SCHEMAS = {
     " Tensor? shared=None, float factor=1.0) -> Tensor[]",
     "latent_linear": "(Tensor x, Tensor norm_weight, float eps, Tensor side_weight, float side_eps,"
     " Tensor w, Tensor sf, Tensor? c, Tensor? bias, int[] gran, str activation_scale) -> Tensor[]",
-    "rotary_embedding": "(Tensor(a!) q, Tensor(b!) k, Tensor positions, Tensor cos_sin) -> ()",
+    "rotary_embedding": "(Tensor(a!) q, Tensor(b!) k, Tensor positions, Tensor cos_sin,"
+    " Tensor? latent=None, Tensor(c!)? cache=None, Tensor? slots=None) -> ()",
     "silu_mul_linear": "(Tensor gate_up, Tensor w, Tensor sf, Tensor? c, Tensor? bias, int[] gran,"
     " str activation_scale) -> Tensor",
     "experts": "(Tensor(a!) out, Tensor x, Tensor w13, Tensor sf13, Tensor? c13, Tensor w2,"

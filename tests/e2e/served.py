@@ -58,6 +58,44 @@ def sums_of_experts(model: torch.nn.Module) -> list:
     return [code for w in layers for code in w.data.view(torch.uint8).flatten(1).sum(1).tolist()]
 
 
+def check_cache(model: torch.nn.Module) -> None:
+    """From now on, MLA layers whose rows are written by the rotation compare them."""
+    for impl in latent_attentions(model):
+        update = vars(impl).get("do_kv_cache_update")
+        if update is not None:
+            impl.do_kv_cache_update = checked(update)
+
+
+def checked_rows(model: torch.nn.Module) -> list:
+    """Of each MLA layer, the rows of every step that the rotation had written rightly."""
+    return [
+        getattr(vars(impl).get("do_kv_cache_update"), "rows", [])
+        for impl in latent_attentions(model)
+    ]
+
+
+def latent_attentions(model: torch.nn.Module) -> list:
+    return [m.impl for m in model.modules() if hasattr(m, "W_UV")]
+
+
+def checked(update):
+    from vllm_ue8m0.plugin import mla_cache
+
+    class Checked(mla_cache._Update):
+        rows: list
+
+        def __call__(self, latent, key, cache, slots, *args):
+            wanted = cache.clone()
+            self.original(latent, key, wanted, slots, *args)
+            if self.name in mla_cache._written and torch.equal(wanted, cache):
+                self.rows.append(len(slots))
+            super().__call__(latent, key, cache, slots, *args)
+
+    comparing = Checked(update.name, update.original)
+    comparing.rows = []
+    return comparing
+
+
 class Served:
     """An engine and the questions that tests ask it."""
 
@@ -116,12 +154,35 @@ class Served:
                 found.append((own, torch.stack(list(map(in_order, output.outputs[0].logprobs)))))
         return found
 
+    def decoded(self, count: int) -> tuple[list, list]:
+        """[count, V] log-probabilities of `count` tokens after each prompt, all asked together;
+        and of the same tokens, each from a prompt of all that is before it."""
+        params = {"logprobs": -1}
+        outputs = [one.outputs[0] for one in self.ask(self.prompts, max_tokens=count, **params)]
+        longer = [
+            prompt + list(output.token_ids[:i])
+            for prompt, output in zip(self.prompts, outputs, strict=True)
+            for i in range(count)
+        ]
+        again = [one.outputs[0] for one in self.ask(longer, max_tokens=1, **params)]
+        rows = torch.stack([in_order(one.logprobs[0]) for one in again])
+        return (
+            [torch.stack(list(map(in_order, output.logprobs))) for output in outputs],
+            list(rows.split(count)),
+        )
+
     def operators(self, _=None) -> dict:
         """What `operators.compare` says of every prompt and a token after it."""
         self.llm.apply_model(operators.watch)
         for prompt in self.prompts:
             self.ask([prompt], max_tokens=2)
         return self.llm.apply_model(operators.compare)[0]
+
+    def cache(self, _=None) -> list:
+        """`checked_rows` of a prompt and three tokens after it."""
+        self.llm.apply_model(check_cache)
+        self.ask(self.prompts[:1], max_tokens=4)
+        return self.llm.apply_model(checked_rows)[0]
 
     def counters(self, _=None) -> dict:
         metrics = self.llm.get_metrics()

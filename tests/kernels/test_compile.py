@@ -16,7 +16,8 @@ BYTES, CODES, F32, BF16, I32, I64 = "*u8", "*fp8e4nv", "*fp32", "*bf16", "*i32",
 # Every value of these is a multiple of 16 where it matters: 16-byte accesses.
 ALIGNED = ("N", "K", "stride_am", "stride_wn", "stride_we", "stride_xm", "stride_m", "stride_rm")
 ALIGNED += ("stride_xe", "stride_e", "stride_ae", "L", "R")
-ALIGNED += ("stride_qm", "stride_qh", "stride_km", "stride_c")
+ALIGNED += ("stride_qm", "stride_qh", "stride_km", "stride_c", "stride_lm", "stride_block")
+ALIGNED += ("stride_slot", "S")
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -200,11 +201,14 @@ def compile_quantization(build, capability: int) -> None:
     for name in ("ROWS", "PACKED"):
         del row[name]
     build("latent_norm_quant", kernel, pointers, row, num_warps=8)
-    row = {"NOPE": 128, "R": 64, "HEADS": 32, "PAIRS": 32, "PDL": pdl}
+    row = {"NOPE": 128, "R": 64, "HEADS": 32, "PAIRS": 32, "LATENT": 512, "PDL": pdl}
+    none = dict.fromkeys(("latent", "cache", "slots"))
     pointers = {"q": BF16, "k": BF16, "positions": I64, "cos_sin": BF16}
     for name, dtype in (("bf16", BF16), ("fp32", F32)):
         kinds = pointers | dict.fromkeys(("q", "k", "cos_sin"), dtype)
-        build(f"rotary {name}", rotary._rotary_kernel, kinds, row, **config.NO_FMA)
+        build(f"rotary {name}", rotary._rotary_kernel, kinds, row | none, **config.NO_FMA)
+    pointers |= {"latent": BF16, "cache": BF16, "slots": I64}
+    build("rotary and cache", rotary._rotary_kernel, pointers, row, **config.NO_FMA)
     kernel = weight_quant._weight_quant_kernel
     for name, scale in (("ue8m0", BYTES), ("fp32", F32)):
         pointers = {"w": BF16, "q": BYTES, "s": scale}

@@ -46,6 +46,33 @@ def test_strided_rows(device):
     assert same_bits(whole, before[0]) and same_bits(keys, before[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("M", "H", "R", "L", "S"), [(1, 128, 64, 512, 64), (7, 3, 10, 24, 3), (40, 40, 64, 512, 16)]
+)
+def test_rows_of_a_cache(device, M, H, R, L, S, dtype):
+    """A row for each slot that is none of -1, bit for bit; nothing else of it changes."""
+    q, k, positions, table = operands(M, H, R + 5, R, dtype, device)
+    latent = torch.randn(M, L + 7, dtype=dtype, device=device)[:, 7:]
+    latent[0, 0] = float("nan")
+    blocks = -(-M // S) + 3
+    whole = torch.randn(blocks, 2, S + 1, L + R, dtype=dtype, device=device)
+    slots = torch.randperm(blocks * S, device=device)[: M - M // 5]
+    slots[1::3] = -1
+    caches = [whole.clone()[:, 1, :S] for _ in range(2)]
+    wanted, found = (q.clone(), k.clone()), (q.clone(), k.clone())
+    reference.rotary_embedding(*wanted, positions, table, latent, caches[0], slots)
+    portable.rotary_embedding(*found, positions, table, latent, caches[1], slots)
+    assert all(map(same_bits, found, wanted))
+    assert same_bits(caches[1]._base, caches[0]._base)
+    for m, slot in enumerate(slots.tolist()):
+        row = caches[1][slot // S, slot % S]
+        if slot >= 0:
+            assert same_bits(row, torch.cat((latent[m], wanted[1][m])))
+    changed = (caches[1] != whole[:, 1, :S]).any(-1).flatten()
+    assert set(changed.nonzero().flatten().tolist()) <= set(slots.tolist())
+
+
 def test_a_rotation_of_pairs():
     """(a, b) -> (a cos - b sin, b cos + a sin), neighbours, by the row's position."""
     q, k = torch.tensor([[[9.0, 1, 2, 3, 4]]]), torch.tensor([[1.0, 2, 3, 4]])

@@ -14,7 +14,7 @@ from vllm import ir
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from vllm_ue8m0.library import OPS
-from vllm_ue8m0.plugin import fusion, norms
+from vllm_ue8m0.plugin import fusion, mla_cache, norms
 
 EPS, GRAN = 1e-6, (128, 128)
 SCATTER = torch.ops.aten.slice_scatter.default  # that MLA's rotary embedding needs
@@ -76,6 +76,6 @@ def fused(function, arguments, into=OPS.norm_linear.default):
     for one, other in zip(found, wanted, strict=True):
         assert same_bits(one, other)
     ((before, taken, left),) = counts
-    assert not taken or into is not OPS.rotary_embedding.default or not left_behind
+    assert not taken or into is not mla_cache.ROTARY or not left_behind
     assert taken + left <= before
     return taken

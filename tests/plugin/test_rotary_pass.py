@@ -8,7 +8,7 @@ from vllm.model_executor.layers.rotary_embedding.deepseek_scaling_rope import (
     DeepseekScalingRotaryEmbedding,
 )
 
-from vllm_ue8m0.library import OPS
+from vllm_ue8m0.plugin.mla_cache import ROTARY
 
 __all__ = ["config"]
 HEADS, D = 4, N // 4
@@ -53,7 +53,7 @@ def read_often(*arguments):
 @pytest.mark.parametrize("function", [as_served, read_often])
 def test_it_is_taken(config, function):
     """With the bits of vLLM's own outside of a compiled graph."""
-    assert fused(function, layer(), OPS.rotary_embedding.default) == 1
+    assert fused(function, layer(), ROTARY) == 1
 
 
 def by_halves(*arguments):
@@ -133,7 +133,7 @@ def scaled(*arguments):
     ],
 )  # fmt: skip
 def test_others_are_left(config, function):
-    assert fused(function, layer(), OPS.rotary_embedding.default) == 0
+    assert fused(function, layer(), ROTARY) == 0
 
 
 def float_table(*arguments):
@@ -147,4 +147,4 @@ def float_table(*arguments):
 def test_a_table_of_another_dtype_is_left(config):
     """Products are rounded to it then."""
     arguments = layer(table=torch.float32)
-    assert fused(float_table, arguments, OPS.rotary_embedding.default) == 0
+    assert fused(float_table, arguments, ROTARY) == 0

@@ -64,6 +64,7 @@ __all__ = [
     "init_logger",
     "knows_method",
     "make_prepare_finalize",
+    "mla_cache",
     "most_rows",
     "norm_provider",
     "platform",
@@ -163,6 +164,38 @@ def most_rows(prefix: str) -> int:
 def shared_mlp(shared_experts: Any) -> Any:
     """The module that vLLM runs as shared experts, or None."""
     return getattr(shared_experts, "_layer", None)
+
+
+# That write rows as they are given, to caches of their dtype.
+_PLAIN_CACHES = ("MLAAttentionImpl.do_kv_cache_update", "CPUMLAImpl.do_kv_cache_update")
+
+
+def mla_cache(name: str) -> tuple[Any, torch.Tensor, torch.Tensor] | None:
+    """(implementation, cache, slots of this step's rows) of an MLA layer whose rows vLLM is about
+    to write as they are, also in a replay of what is captured now; else None.
+
+    A piecewise CUDA graph leaves that out, and its slots may be elsewhere the next time.
+    """
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    if not is_forward_context_available():
+        return None
+    context = get_forward_context()
+    attention = context.no_compile_layers.get(name)
+    # A list of them where a step is two that overlap.
+    slots = context.slot_mapping.get(name) if isinstance(context.slot_mapping, dict) else None
+    if attention is None or slots is None or getattr(attention, "use_pcp", False):
+        return None
+    if getattr(attention, "hisparse_cache", None) is not None:  # since 0.33
+        return None
+    captured = slots.is_cuda and torch.cuda.is_current_stream_capturing()
+    if captured and context.cudagraph_runtime_mode != CUDAGraphMode.FULL:
+        return None
+    update = getattr(type(attention.impl), "do_kv_cache_update", None)
+    if getattr(update, "__qualname__", None) not in _PLAIN_CACHES:
+        return None
+    return attention.impl, attention.kv_cache, slots
 
 
 def router_ids_dtype() -> torch.dtype:

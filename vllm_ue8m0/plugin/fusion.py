@@ -146,7 +146,8 @@ def _take_latent(graph: fx.Graph, call: Node) -> None:
     given.replace_all_uses_with(results[1])
     for node in (node for node, place in places.items() if place == rest):
         node.replace_all_uses_with(results[2])
-    rotary.take(graph, results[0], results[2])
+    queries, latent, keys = results
+    rotary.take(graph, queries, latent, keys, operands[0])
 
 
 def _take_silu_mul(graph: fx.Graph, product: Node) -> bool:

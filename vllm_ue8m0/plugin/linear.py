@@ -15,7 +15,7 @@ from .. import warmup
 from ..formats import BLOCK
 from ..layouts import ceil_div, common_gran, grid_shape, output_gran
 from ..library import OPS
-from . import compat
+from . import compat, mla_cache
 from .loading import (
     DUMMY_SCALE,
     E4M3,
@@ -110,7 +110,10 @@ class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
         else:
             compat.replace_parameter(layer, "weight_scale_c", done.c)
         mark_served(layer, "weight", "weight_scale_inv")
-        if self.prefix.rsplit(".", 1)[-1] == "kv_b_proj" and hasattr(layer, "weight_block_size"):
+        name = self.prefix.rsplit(".", 1)[-1]
+        if name == "q_b_proj":
+            mla_cache.register(layer.weight, self.prefix)
+        if name == "kv_b_proj" and hasattr(layer, "weight_block_size"):
             # The AMX MLA backend requantizes kv_b_proj to one scale per tensor whenever it sees
             # this attribute on an e4m3 weight; without it, it takes the exact values from `apply`.
             del layer.weight_block_size
@@ -123,7 +126,7 @@ class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
             gran,
             self.config.spec.activation_scale,
             compat.most_rows(self.prefix),
-            activated=self.prefix.rsplit(".", 1)[-1] == "down_proj",
+            activated=name == "down_proj",
         )
         finer = gran != (BLOCK, BLOCK)
         self.config.layer_done("linear", done.kind, finer, done.sf.device, operator)

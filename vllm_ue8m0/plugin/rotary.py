@@ -14,8 +14,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .. import reference
-from ..library import OPS
-from . import compat
+from . import compat, mla_cache
 from .graphs import VIEWS, Node, add_call, is_there, shape_of, value_of
 
 logger = compat.init_logger(f"vllm.{__name__}")
@@ -32,18 +31,19 @@ class _Rotation(NamedTuple):
     cos_sin: Node
 
 
-def take(graph: fx.Graph, queries: Node, keys: Node) -> None:
+def take(graph: fx.Graph, queries: Node, latent: Node, keys: Node, w: Node) -> None:
     """Rotate queries [M, H D] and, after them, keys [M, R], an operator's results, in place by one.
 
     The last R columns of each head, at neighbouring pairs of columns: known by what it computes.
+    latent, w: what attention keeps beside the keys, and q_b_proj's weight; see mla_cache.py.
     """
     found = _find(graph, queries, keys)
     if found is None:
         return
     with graph.inserting_before(keys.next):
         heads = add_call(graph, found.heads.target, (queries, *found.heads.args[1:]))
-        arguments = (heads, keys, found.positions, found.cos_sin)
-        add_call(graph, OPS.rotary_embedding.default, arguments)
+        arguments = (heads, keys, found.positions, found.cos_sin, latent, w)
+        add_call(graph, mla_cache.ROTARY, arguments)
         rotated = keys
         if shape_of(found.keys) != shape_of(keys):
             rotated = add_call(graph, torch.ops.aten.unsqueeze.default, (keys, 1))
