@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from . import dispatch
+from .kernels.hopper_config import MAX_DECODE_ROWS
 
 SPECIALIZED = 16  # Triton asks of integers whether this divides them
 DENSE_ROWS, TILE_ROWS = 1024, 128
@@ -126,6 +127,24 @@ def experts(
     tensors = map(_kind, (w13, sf13, c13, w2, sf2, c2, expert_map))
     key = "experts", dtype, *tensors, tuple(gran13), tuple(gran2), activation_scale, topk, ids
     return Operator(key, plan, launch, most)
+
+
+def absorbed(dtype: torch.dtype, H: int, P: int, R: int, L: int, V: int) -> Operator | None:
+    """MLA's absorbed products: of queries [M, H, P + R], without the last R columns, to a latent of
+    L, and from that to values [M, H, V]; None where they are the library's."""
+    backend = _compiling("linear", torch.device("cuda"))
+    if not hasattr(backend, "bmm"):
+        return None
+
+    def launch(M: int) -> None:
+        options: dict[str, Any] = {"dtype": dtype, "device": "cuda"}
+        queries, latent = torch.zeros(M, H, P + R, **options), torch.zeros(M, H, L, **options)
+        w = torch.zeros(H, L, P, **options).mT
+        backend.bmm(queries[..., :P].transpose(0, 1), w, latent.transpose(0, 1))
+        w, values = torch.zeros(H, V, L, **options).mT, torch.zeros(M, H, V, **options)
+        backend.bmm(latent.transpose(0, 1), w, values.transpose(0, 1))
+
+    return Operator(("absorbed", dtype, H, P, R, L, V), backend.bmm_plan, launch, MAX_DECODE_ROWS)
 
 
 def _compiling(op: str, device: torch.device) -> Any:

@@ -22,6 +22,7 @@ REPORTS = (
     ("test_compile_experts.py",),
     ("test_compile_hopper.py", "decode"),
     ("test_compile_hopper.py", "prefill"),
+    ("test_compile_hopper.py", "bmm"),
 )
 SLACK = 8
 

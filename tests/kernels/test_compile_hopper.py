@@ -49,6 +49,8 @@ DECODE = (
     (16, 64, 8, 4, 4, 132, 7168, 2048, "u8", "bf16", False, False),  # two warpgroups, 8 tokens each
     (64, 64, 8, 2, 4, 132, 7168, 2048, "u8", "bf16", True, True),
 )
+# M, N, K of MLA's absorbed products.
+BMM = ((1, 512, 128), (16, 512, 128), (64, 512, 128), (1, 128, 512), (16, 128, 512), (32, 128, 512))
 FULLEST = 4  # of the configurations by rules, those with the most shared memory
 ROWS = (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
 
@@ -71,7 +73,7 @@ def configurations():
                     yield M, N, K, linear, config
 
 
-@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+@pytest.mark.parametrize("kernel", ["decode", "prefill", "bmm"])
 def test_as_recorded(kernel):
     check(__file__, kernel)
 
@@ -90,6 +92,18 @@ def test_sm90_products_compile(kernel):
         assert "griddepcontrol.launch_dependents" in line, name
         quantizes = "activations" in name
         assert ("cvt.rn.satfinite.e4m3x2.f32" in line) == quantizes, name
+
+
+def test_sm90_batched_products_compile():
+    """They start what follows, and fetch weights, before they wait, and two fit into an SM."""
+    lines = report(__file__, "bmm")
+    assert len(lines) == len(BMM)
+    for name, line in lines.items():
+        assert number(line, "bytes spilled") == 0, f"{name}: {line}"
+        assert 2 * number(line, "shared") <= SHARED_BYTES, f"{name}: {line}"
+        assert "cp.async.bulk.tensor dependents-before-wait" in line, name
+        columns = max(8, int(name.split()[1]))
+        assert f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16" in line, name
 
 
 def test_activations_are_loaded_16_bytes_at_a_time():
@@ -175,6 +189,16 @@ def compile_decode() -> None:
         )
 
 
+def compile_bmm() -> None:
+    from vllm_ue8m0.kernels import decode_bmm
+
+    launches = decode_bmm._decode_bmm_kernel = Launches(decode_bmm._decode_bmm_kernel)
+    for M, N, K in BMM:
+        launches.name = f"bmm {M} {N} {K}"
+        x, w = empty(M, 128, K, dtype="bf16"), empty(128, N, K, dtype="bf16")
+        decode_bmm.launch(x.transpose(0, 1), w, empty(128, M, N, dtype="bf16"))
+
+
 def estimated(config, K):
     """Shared memory as hopper_config.decode_stages counts it."""
     from vllm_ue8m0.kernels.hopper_config import decode_stages
@@ -184,4 +208,4 @@ def estimated(config, K):
 
 
 if __name__ == "__main__":
-    {"decode": compile_decode, "prefill": compile_prefill}[sys.argv[1]]()
+    {"decode": compile_decode, "prefill": compile_prefill, "bmm": compile_bmm}[sys.argv[1]]()

@@ -217,6 +217,13 @@ def code_tiles(codes: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(codes, [rows, 128], _tile_layout(rows, 128, gl.float8e4nv))
 
 
+def half_tiles(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles of `rows` x `columns` bf16 numbers, swizzled as wgmma reads them."""
+    return TensorDescriptor.from_tensor(
+        x, [rows, columns], _tile_layout(rows, columns, gl.bfloat16)
+    )
+
+
 def result_tiles(out: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Tiles of `rows` x `columns` 16-bit results."""
     return TensorDescriptor.from_tensor(

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .config import NO_FMA, dependent_launch
 from .replay import Launch, launched
-from .tile import wait_for_inputs
+from .tile import start_dependents_and_wait
 from .ue8m0 import round_to, to_float
 
 MOST_HEADS = 32
@@ -42,7 +42,7 @@ def _rotary_kernel(
 
     rows: that have a slot; of these some are -1.
     """
-    wait_for_inputs(PDL)
+    start_dependents_and_wait(PDL)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pair, column = tl.arange(0, PAIRS), tl.arange(0, 2 * PAIRS)
     table = cos_sin + tl.load(positions + row).to(tl.int64) * stride_c + pair

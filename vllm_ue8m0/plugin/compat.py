@@ -185,17 +185,15 @@ def mla_cache(name: str) -> tuple[Any, torch.Tensor, torch.Tensor] | None:
     attention = context.no_compile_layers.get(name)
     # A list of them where a step is two that overlap.
     slots = context.slot_mapping.get(name) if isinstance(context.slot_mapping, dict) else None
-    if attention is None or slots is None or getattr(attention, "use_pcp", False):
-        return None
-    if getattr(attention, "hisparse_cache", None) is not None:  # since 0.33
+    other = getattr(attention, "use_pcp", False), getattr(attention, "hisparse_cache", None)
+    if attention is None or slots is None or any(other):
         return None
     captured = slots.is_cuda and torch.cuda.is_current_stream_capturing()
     if captured and context.cudagraph_runtime_mode != CUDAGraphMode.FULL:
         return None
     update = getattr(type(attention.impl), "do_kv_cache_update", None)
-    if getattr(update, "__qualname__", None) not in _PLAIN_CACHES:
-        return None
-    return attention.impl, attention.kv_cache, slots
+    plain = getattr(update, "__qualname__", None) in _PLAIN_CACHES
+    return (attention.impl, attention.kv_cache, slots) if plain else None
 
 
 def router_ids_dtype() -> torch.dtype:

@@ -142,21 +142,21 @@ class Ue8m0Config(compat.QuantizationConfig):  # type: ignore[misc]
 
     def layer_done(
         self, layer_kind: str, kind: str, finer: bool, device: torch.device,
-        operator: warmup.Operator | None,
+        *operators: warmup.Operator | None,
     ) -> None:  # fmt: skip
         """Count a processed layer; after the last one, log the summary line and warm up.
 
         Before vLLM's profile run and graph capture, which launch what they happen to reach one
         kernel after the other; and once: a reload of weights finds everything compiled.
         """
-        if operator is not None and self._operators is not None:
-            self._operators.append(operator)
+        if self._operators is not None:
+            self._operators += [operator for operator in operators if operator is not None]
         if self.report.add(layer_kind, kind, finer):
             from ..dispatch import choose
 
             logger.info(self.report.line(self.spec, choose("linear", device.type).name))
-            operators, self._operators = self._operators or [], None
-            warmup.run(operators, lambda line: logger.info("ue8m0: %s", line))
+            noted, self._operators = self._operators or [], None
+            warmup.run(noted, lambda line: logger.info("ue8m0: %s", line))
 
 
 def register_method() -> None:

@@ -15,7 +15,7 @@ from .. import warmup
 from ..formats import BLOCK
 from ..layouts import ceil_div, common_gran, grid_shape, output_gran
 from ..library import OPS
-from . import compat, mla_cache
+from . import absorbed, compat, mla_cache
 from .loading import (
     DUMMY_SCALE,
     E4M3,
@@ -128,8 +128,11 @@ class Ue8m0LinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
             compat.most_rows(self.prefix),
             activated=name == "down_proj",
         )
+        operators = [operator]
+        if name == "kv_b_proj":
+            operators.append(absorbed.take(self.prefix, layer.orig_dtype))
         finer = gran != (BLOCK, BLOCK)
-        self.config.layer_done("linear", done.kind, finer, done.sf.device, operator)
+        self.config.layer_done("linear", done.kind, finer, done.sf.device, *operators)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [.., K], or gate and up [.., 2 K] where this layer `activates`."""

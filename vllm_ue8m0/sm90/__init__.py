@@ -4,6 +4,7 @@ The operators it has take what `reference` and `portable` take; what its kernels
 (`products.refusal`, `experts.refusal`) goes to `portable`.
 """
 
+from .batched import bmm, bmm_plan, bmm_refusal, bmm_shape_fits
 from .experts import batched_experts, experts, experts_plan
 from .experts import refusal as experts_refusal
 from .products import (
@@ -21,6 +22,10 @@ from .products import (
 __all__ = [
     "GEMM_SCALE_LAYOUT",
     "batched_experts",
+    "bmm",
+    "bmm_plan",
+    "bmm_refusal",
+    "bmm_shape_fits",
     "describe",
     "experts",
     "experts_plan",
