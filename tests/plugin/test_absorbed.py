@@ -72,7 +72,10 @@ def test_products_go_to_the_kernel(layer):
 def test_memory_stays_over_reloads(layer):
     absorbed.take(f"{PREFIX}.kv_b_proj", torch.bfloat16)
     before = [w.data_ptr() for w in load(layer)]
+    hook = layer.attention.process_weights_after_loading
     for _ in range(2):
+        assert absorbed.take(f"{PREFIX}.kv_b_proj", torch.bfloat16) is None
+        assert layer.attention.process_weights_after_loading is hook
         after = load(layer)
         assert [w.data_ptr() for w in after] == before
         for w, made in zip(after, layer.attention.made, strict=True):
@@ -95,7 +98,10 @@ def test_parameters_are_vllms_to_handle(layer):
     assert w.float().sum() == H * P * L
 
 
-@pytest.mark.parametrize("reason", ["batch-invariant", "another layer", "no kernel", "shape"])
+REASONS = ["batch-invariant", "another layer", "no kernel", "shape", "no MLA"]
+
+
+@pytest.mark.parametrize("reason", REASONS)
 def test_left_to_vllm(layer, reason, monkeypatch):
     prefix = PREFIX
     if reason == "batch-invariant":
@@ -104,6 +110,8 @@ def test_left_to_vllm(layer, reason, monkeypatch):
         prefix = "model.layers.3.self_attn"
     if reason == "no kernel":
         monkeypatch.setattr(absorbed, "_backend", SimpleNamespace)
+    if reason == "no MLA":
+        monkeypatch.delattr(Attention, "kv_lora_rank")
     if reason == "shape":
         layer.attention.qk_nope_head_dim = 96
     assert absorbed.take(f"{prefix}.kv_b_proj", torch.bfloat16) is None

@@ -47,8 +47,10 @@ def take(prefix: str, dtype: torch.dtype) -> warmup.Operator | None:
         return None
     layers, backend = config.compilation_config.static_forward_context, _backend()
     attention = layers.get(prefix.rpartition(".")[0] + ".attn")
-    if attention is None or not hasattr(backend, "bmm"):
-        return None
+    if not hasattr(attention, "kv_lora_rank") or not hasattr(backend, "bmm"):
+        return None  # VLLM_MLA_DISABLE=1: attention of keys and values as others'
+    if "process_weights_after_loading" in vars(attention):
+        return None  # a reload
     H, L = attention.num_heads, attention.kv_lora_rank
     P, R, V = (getattr(attention, f"{part}_head_dim") for part in ("qk_nope", "qk_rope", "v"))
     if not (backend.bmm_shape_fits(L, P) and backend.bmm_shape_fits(V, L)):
