@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 def descriptors():
     codes = torch.zeros(300, 400, dtype=torch.float8_e4m3fn)[:, :384]
     yield hopper.code_tiles(codes, 128), codes
-    yield hopper.result_tiles(torch.zeros(70, 264, dtype=torch.bfloat16), 64, 64), None
+    yield hopper.half_tiles(torch.zeros(70, 264, dtype=torch.bfloat16), 64, 64), None
     for ue8m0 in (True, False):
         scale = empty_scale((), 300, 3, ue8m0, "mn_major", CPU)
         yield hopper.scale_columns(scale, 128), scale

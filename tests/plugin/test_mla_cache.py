@@ -79,10 +79,18 @@ def test_the_rotation_writes_and_vllm_does_not(step):
         lambda step: mla_cache.register(step.given[-1], "model.layers.9.self_attn.q_b_proj"),
         lambda step: setattr(step.layer, "use_pcp", True),
         lambda step: setattr(step.layer, "hisparse_cache", object()),
+        lambda step: setattr(step.layer, "hisparse_cache", {}),
         lambda step: setattr(step.context, "slot_mapping", [step.slots]),
         lambda step: setattr(Counting, "do_kv_cache_update", write_otherwise),
     ],
-    ids=["another layer", "context parallel", "hisparse", "two batches", "another backend"],
+    ids=[
+        "another layer",
+        "context parallel",
+        "hisparse",
+        "empty",
+        "two batches",
+        "another backend",
+    ],
 )
 def test_vllm_writes_where_something_differs(step, change, monkeypatch):
     monkeypatch.setattr(Counting, "do_kv_cache_update", CPUMLAImpl.do_kv_cache_update)

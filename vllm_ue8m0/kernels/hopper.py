@@ -218,17 +218,9 @@ def code_tiles(codes: torch.Tensor, rows: int) -> TensorDescriptor:
 
 
 def half_tiles(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Tiles of `rows` x `columns` bf16 numbers, swizzled as wgmma reads them."""
-    return TensorDescriptor.from_tensor(
-        x, [rows, columns], _tile_layout(rows, columns, gl.bfloat16)
-    )
-
-
-def result_tiles(out: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Tiles of `rows` x `columns` 16-bit results."""
-    return TensorDescriptor.from_tensor(
-        out, [rows, columns], _tile_layout(rows, columns, gl.bfloat16)
-    )
+    """Tiles of `rows` x `columns` 16-bit numbers, swizzled as wgmma reads them and tma writes."""
+    layout = _tile_layout(rows, columns, gl.bfloat16)
+    return TensorDescriptor.from_tensor(x, [rows, columns], layout)
 
 
 def scale_columns(scale: torch.Tensor, rows: int) -> TensorDescriptor:

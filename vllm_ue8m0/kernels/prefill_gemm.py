@@ -36,10 +36,10 @@ from .hopper import (
     code_tiles,
     copy_to_shared,
     float_scale,
+    half_tiles,
     next_stage,
     pass_turn,
     reinterpret,
-    result_tiles,
     scale_columns,
     start_dependents,
     store_rows,
@@ -282,7 +282,7 @@ def launch(
     stages, width = prefill_stages(config, a_s.element_size())
     out_desc = None
     if out.dtype != torch.float32 and N % 8 == 0:  # rows of multiples of 16 bytes
-        out_desc = result_tiles(out, 64, width)
+        out_desc = half_tiles(out, 64, width)
     tiles, partial = ceil_div(M, block_m) * ceil_div(N, block_n), None
     if splits > 1:
         size = tiles * splits * block_m * block_n

@@ -185,8 +185,9 @@ def mla_cache(name: str) -> tuple[Any, torch.Tensor, torch.Tensor] | None:
     attention = context.no_compile_layers.get(name)
     # A list of them where a step is two that overlap.
     slots = context.slot_mapping.get(name) if isinstance(context.slot_mapping, dict) else None
-    other = getattr(attention, "use_pcp", False), getattr(attention, "hisparse_cache", None)
-    if attention is None or slots is None or any(other):
+    if attention is None or slots is None or getattr(attention, "use_pcp", False):
+        return None
+    if getattr(attention, "hisparse_cache", None) is not None:  # since 0.33
         return None
     captured = slots.is_cuda and torch.cuda.is_current_stream_capturing()
     if captured and context.cudagraph_runtime_mode != CUDAGraphMode.FULL:

@@ -1,7 +1,8 @@
 """The sm_90 backend (H100, H200): Gluon kernels for products, dense and of experts.
 
 The operators it has take what `reference` and `portable` take; what its kernels do not cover
-(`products.refusal`, `experts.refusal`) goes to `portable`.
+(`products.refusal`, `experts.refusal`) goes to `portable`. Beside them it has `bmm`, of 16-bit
+numbers; what that does not cover (`bmm_refusal`) goes to torch.
 """
 
 from .batched import bmm, bmm_plan, bmm_refusal, bmm_shape_fits
