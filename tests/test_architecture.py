@@ -66,7 +66,7 @@ def test_files_are_short(path):
 # Kernels without a product of floats, which could be fused with a sum.
 NO_PRODUCTS = {
     "_combine_kernel", "_copy_kernel", "_count_kernel", "_empty_kernel", "_place_kernel",
-    "_tiles_kernel",
+    "_sum_parts_kernel", "_tiles_kernel",
 }  # fmt: skip
 
 

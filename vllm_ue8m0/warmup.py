@@ -147,6 +147,25 @@ def absorbed(dtype: torch.dtype, H: int, P: int, R: int, L: int, V: int) -> Oper
     return Operator(("absorbed", dtype, H, P, R, L, V), backend.bmm_plan, launch, MAX_DECODE_ROWS)
 
 
+def gate(
+    dtype: torch.dtype, logits: Callable[[int], torch.dtype], E: int, K: int
+) -> Operator | None:
+    """Routed experts' gate [E, K], to `logits` of so many rows; None where it is vLLM's."""
+    backend = _compiling("linear", torch.device("cuda"))
+    if not hasattr(backend, "gate"):
+        return None
+
+    def plan(M: int) -> Hashable:
+        return backend.gate_plan(M), logits(M)
+
+    def launch(M: int) -> None:
+        x, w = (torch.zeros(rows, K, dtype=dtype, device="cuda") for rows in (M, E))
+        backend.gate(x, w, logits(M))
+
+    key = "gate", dtype, *map(logits, (1, MAX_DECODE_ROWS)), E, K
+    return Operator(key, plan, launch, MAX_DECODE_ROWS)
+
+
 def _compiling(op: str, device: torch.device) -> Any:
     """The backend of an operator if it has kernels to compile."""
     if device.type != "cuda":  # a layer that is offloaded, or Triton's interpreter

@@ -17,7 +17,7 @@ BYTES, CODES, F32, BF16, I32, I64 = "*u8", "*fp8e4nv", "*fp32", "*bf16", "*i32",
 ALIGNED = ("N", "K", "stride_am", "stride_wn", "stride_we", "stride_xm", "stride_m", "stride_rm")
 ALIGNED += ("stride_xe", "stride_e", "stride_ae", "L", "R")
 ALIGNED += ("stride_qm", "stride_qh", "stride_km", "stride_c", "stride_lm", "stride_block")
-ALIGNED += ("stride_slot", "S")
+ALIGNED += ("stride_slot", "S", "total")
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -230,7 +230,7 @@ def compile_quantization(build, capability: int) -> None:
 def compile_products(build, capability: int) -> None:
     import torch
 
-    from vllm_ue8m0.kernels import batched_gemm, gemm, grouped_gemm
+    from vllm_ue8m0.kernels import batched_gemm, gemm, grouped_gemm, sum_parts
     from vllm_ue8m0.kernels.config import FOUR_WARP_MAJORS
 
     codes = CODES if capability >= 89 else BYTES
@@ -270,6 +270,9 @@ def compile_products(build, capability: int) -> None:
     pointers = {"slots": BF16, "topk_ids": I64, "out": BF16}
     constants = {"TOPK": 8, "IDS": 8, "BLOCK_N": 1024, "PDL": capability >= 90}
     build("combine", grouped_gemm._combine_kernel, pointers, constants)
+    pointers, constants = {"parts": F32, "out": BF16}, {"PARTS": 14, "BLOCK": sum_parts.BLOCK}
+    constants["PDL"] = capability >= 90
+    build("sum parts", sum_parts._sum_parts_kernel, pointers, constants, num_warps=1)
 
 
 def compile_block_scaled(build_gemm, dense, routed) -> None:

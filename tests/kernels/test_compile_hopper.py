@@ -51,6 +51,8 @@ DECODE = (
 )
 # M, N, K of MLA's absorbed products.
 BMM = ((1, 512, 128), (16, 512, 128), (64, 512, 128), (1, 128, 512), (16, 128, 512), (32, 128, 512))
+# M, E, K of routed experts' gate, by parts of K.
+GATE = ((1, 256, 7168), (64, 256, 7168))
 FULLEST = 4  # of the configurations by rules, those with the most shared memory
 ROWS = (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
 
@@ -95,12 +97,13 @@ def test_sm90_products_compile(kernel):
 
 
 def test_sm90_batched_products_compile():
-    """They start what follows, and fetch weights, before they wait, and two fit into an SM."""
+    """They start what follows, and fetch weights, before they wait, and MLA's are two in an SM."""
     lines = report(__file__, "bmm")
-    assert len(lines) == len(BMM)
+    assert len(lines) == len(BMM) + len(GATE)
     for name, line in lines.items():
         assert number(line, "bytes spilled") == 0, f"{name}: {line}"
-        assert 2 * number(line, "shared") <= SHARED_BYTES, f"{name}: {line}"
+        together = 2 if name.startswith("bmm") else 1
+        assert together * number(line, "shared") <= SHARED_BYTES, f"{name}: {line}"
         assert "cp.async.bulk.tensor dependents-before-wait" in line, name
         columns = max(8, int(name.split()[1]))
         assert f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16" in line, name
@@ -191,12 +194,17 @@ def compile_decode() -> None:
 
 def compile_bmm() -> None:
     from vllm_ue8m0.kernels import decode_bmm
+    from vllm_ue8m0.sm90.gate import PART
 
     launches = decode_bmm._decode_bmm_kernel = Launches(decode_bmm._decode_bmm_kernel)
     for M, N, K in BMM:
         launches.name = f"bmm {M} {N} {K}"
         x, w = empty(M, 128, K, dtype="bf16"), empty(128, N, K, dtype="bf16")
         decode_bmm.launch(x.transpose(0, 1), w, empty(128, M, N, dtype="bf16"))
+    for M, E, K in GATE:
+        launches.name = f"gate {M} {E} {K}"
+        x, w = (empty(rows, K // PART, PART, dtype="bf16").transpose(0, 1) for rows in (M, E))
+        decode_bmm.launch(x, w, empty(K // PART, M, E))
 
 
 def estimated(config, K):

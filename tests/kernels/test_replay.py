@@ -41,6 +41,7 @@ def test_experts_are_run_again():
 def test_others_are_run_again():
     assert results()["portable add_rms_norm"] == "30 of 30"
     assert results()["portable rotary_embedding"] == "60 of 60"  # with a cache and without
+    assert results()["sm90 gate"] == "12 of 12" and results()["sm90 bmm"] == "6 of 6"
 
 
 @pytest.mark.parametrize(
@@ -249,6 +250,11 @@ def cases(backend):
             cache = activations(4 * M, 40, offset).view(2, -1, 40)
             slots = torch.arange(M) - 1
             yield "rotary_embedding", (*arguments, activations(M, 32, offset), cache, slots), {}
+        if hasattr(backend, "gate") and kind == "none" and M <= 64:
+            for dtype in (torch.bfloat16, torch.float32):
+                yield "gate", (activations(M, 1024, 8 * offset), empty(128, 1024), dtype), {}
+            queries = activations(M, 3 * 192, 8 * offset).view(M, 3, 192)[..., :128].transpose(0, 1)
+            yield "bmm", (queries, empty(3, 64, 128).mT, empty(3, M, 64)), {}
 
 
 def check_kinds(launched, asked) -> None:

@@ -34,7 +34,10 @@ _NAMES = (
         r"flash|fmha|mla|attn|attention|reshape_and_cache|gather_(and_maybe_dequant_)?cache|"
         r"merge_state",
     ),
-    (BF16, r"nvjet|cublas|bf16bf16|gemv|splitkreduce|router_gemm|cutlass.*bf16"),
+    (
+        BF16,
+        r"nvjet|cublas|bf16bf16|gemv|splitkreduce|router_gemm|cutlass.*bf16|^_(decode_bmm|sum_parts)",
+    ),
 )
 _AMBIGUOUS = r"quant|silu|act_and_mul"
 TOP = 40

@@ -1,8 +1,8 @@
 """Batched product of few rows on sm_90: out[h] [M, N] = x[h] [M, K] @ w[h] [N, K]^T, M <= 64.
 
 x    [H, M, K] bf16/fp16, rows and batches of any strides of 16 bytes
-w    [H, N, K] as x, contiguous; N a multiple of 64, K of 128
-out  [H, M, N] as x, unit stride along N
+w    [H, N, K] as x, contiguous, or H parts of K of contiguous rows; N a multiple of 64, K of 128
+out  [H, M, N] as x, or float32, unit stride along N
 
 The weights are the tensor cores' first operand (swap-AB), as in decode_gemm. A program owns some
 rows of one batch's weights, which are in shared memory, all of them, or on their way before the
@@ -32,10 +32,11 @@ WIDTH = 128  # of K, that is copied together
 
 @gluon.jit(do_not_specialize=["M"])
 def _decode_bmm_kernel(
-    w_desc, x_desc, out, M, N, stride_h, stride_oh, stride_om,
+    w_desc, x_desc, out, M, N, rows_h, columns_h, stride_h, stride_oh, stride_om,
     TOKENS: gl.constexpr, CHUNKS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """stride_h: columns of x_desc, all batches beside each other, from one batch to the next."""
+    """From one batch to the next: rows_h and columns_h of w_desc; stride_h columns of x_desc, where
+    all batches are beside each other."""
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[0]
     WIDTH: gl.constexpr = w_desc.block_type.shape[1]
     dtype: gl.constexpr = w_desc.dtype
@@ -48,9 +49,10 @@ def _decode_bmm_kernel(
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
     barrier()
+    row, column = h * rows_h + n, h * columns_h
     for i in gl.static_range(CHUNKS):
         mbarrier.expect(ready.index(i), 2 * WIDTH * (BLOCK_N + TOKENS))
-        copy_to_shared(w_desc, [h * N + n, i * WIDTH], ready.index(i), w_smem.index(i))
+        copy_to_shared(w_desc, [row, column + i * WIDTH], ready.index(i), w_smem.index(i))
     start_dependents()
     wait_for_inputs()
     for i in gl.static_range(CHUNKS):
@@ -76,11 +78,17 @@ def _decode_bmm_kernel(
 def launch(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> Launch:
     """Write x times w to out."""
     (H, M, K), N = x.shape, w.shape[1]
-    rows = tokens(M)
-    beside = x.as_strided((M, (H - 1) * x.stride(0) + K), (x.stride(1), 1))
+    rows, apart = tokens(M), w.stride(0) >= w.stride(1)
+    weights = w.view(H * N, K) if apart else _beside(w)
     return Launch(
         _decode_bmm_kernel, (N // BLOCK_N, H),
-        half_tiles(w.view(H * N, K), BLOCK_N, WIDTH), half_tiles(beside, rows, WIDTH), out,
-        M, N, x.stride(0), out.stride(0), out.stride(1),
+        half_tiles(weights, BLOCK_N, WIDTH), half_tiles(_beside(x), rows, WIDTH), out,
+        M, N, N if apart else 0, 0 if apart else w.stride(0), x.stride(0), *out.stride()[:2],
         TOKENS=rows, CHUNKS=K // WIDTH, WARPS=4, num_warps=4, launch_pdl=True, **FMA,
     )  # fmt: skip
+
+
+def _beside(x: torch.Tensor) -> torch.Tensor:
+    """Rows of all batches of x, one beside the other."""
+    H, M, K = x.shape
+    return x.as_strided((M, (H - 1) * x.stride(0) + K), (x.stride(1), 1))

@@ -14,7 +14,7 @@ import torch
 from .. import warmup
 from ..formats import BLOCK
 from ..layouts import common_gran, grid_shape
-from . import compat
+from . import compat, gate
 from .experts import ExpertsFormat, Ue8m0BatchedExperts, Ue8m0Experts
 from .loading import (
     DUMMY_SCALE,
@@ -146,8 +146,8 @@ class Ue8m0MoEMethod(compat.FusedMoEMethodBase):  # type: ignore[misc]
             self._build_kernel(layer)
         finer = {self.gran13, self.gran2} != {(BLOCK, BLOCK)}
         kind = kinds[0] if kinds[0] == kinds[1] else " / ".join(kinds)
-        device, operator = layer.w13_weight.device, self._operator(layer)
-        self.config.layer_done("experts", kind, finer, device, operator)
+        operators = self._operator(layer), gate.take(self.prefix)
+        self.config.layer_done("experts", kind, finer, layer.w13_weight.device, *operators)
 
     def _build_kernel(self, layer: Any) -> None:
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
