@@ -101,6 +101,7 @@ THEIRS = (
     "operator torchvision",
     "PackageNotFoundError",
     "torch.float16 is",
+    "expect weight to be",
 )
 
 

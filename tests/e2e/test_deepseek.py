@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from harness import FIXTURES, GPU, GRAPH, OUR_NORMS, check_alone_and_together, kl
+from harness import ATTENTION, FIXTURES, GPU, GRAPH, OUR_NORMS, check_alone_and_together, kl
 from safetensors.torch import load_file, save_file
 from tiny_deepseek.checkpoint import encode
 from tiny_deepseek.model import CUDA, Rounding, TinyDeepseek
@@ -77,6 +77,18 @@ def test_served_equals_the_training_forward(trained, prompts, served):
     print(f"ue8m0 {ours:.2e}, float32 activation scales {dropped:.2e} nats/token")
     assert ours <= 1e-3
     assert ours <= dropped / 3
+
+
+@pytest.mark.skipif(
+    GPU or not torch.cpu._is_amx_tile_supported(), reason="needs a CPU with AMX, and to serve on it"
+)
+def test_amx_attention(trained, prompts, served):
+    """What vLLM takes by itself on such a CPU rounds more: as near as on a GPU."""
+    run = served(MODEL, prompts, attention_backend="AMX_MLA")
+    assert "Using AMX_MLA backend" in run["log"]
+    distance = kl(trained("ue8m0"), run["logits"])
+    print(f"{distance:.2e} nats/token")
+    assert distance <= 1e-2
 
 
 def test_kl_order(trained, prompts, served, tmp_path):
@@ -231,7 +243,7 @@ def test_mtp_draft(prompts, served):
     Verifying two tokens at once reorders float32 sums, so it may part at a near-tie.
     """
     plain = served(MODEL, prompts, generate=32)
-    draft = {"method": "mtp", "num_speculative_tokens": 1}
+    draft = {"method": "mtp", "num_speculative_tokens": 1, **ATTENTION}
     run = served(MODEL, prompts[:1], generate=32, speculative_config=draft)
     assert run["accepted"] > 0
     same = [a == b for a, b in zip(plain["greedy"][0], run["greedy"][0], strict=True)]
