@@ -156,7 +156,7 @@ def gate(
         return None
 
     def plan(M: int) -> Hashable:
-        return backend.gate_plan(M), logits(M)
+        return backend.bmm_plan(M), logits(M)
 
     def launch(M: int) -> None:
         x, w = (torch.zeros(rows, K, dtype=dtype, device="cuda") for rows in (M, E))

@@ -40,7 +40,7 @@ def layer(request, monkeypatch):
     def refusal(x, w):
         return None if 0 < len(x) <= 64 and w.dtype == torch.bfloat16 else "refused"
 
-    backend = SimpleNamespace(gate=product, gate_refusal=refusal, gate_plan=int)
+    backend = SimpleNamespace(gate=product, gate_refusal=refusal, bmm_plan=int)
     monkeypatch.setattr(gate, "_backend", lambda: backend)
     monkeypatch.setattr(gate, "_on_gpu", lambda tensor: True)
     monkeypatch.setattr(warmup, "_compiling", lambda *arguments: backend)

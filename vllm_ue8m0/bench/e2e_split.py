@@ -21,7 +21,7 @@ RANGE = "ue8m0."  # names of ranges: RANGE + part
 SETTLED = "ue8m0: the steps that count begin"
 EXPERTS, LM_HEAD, ATTENTION, SAMPLING = "routed experts", "lm_head", "attention", "sampling"
 BF16, REST = "bf16 products", "rest"
-# bf16 products: the router's and MLA's absorbed ones, which are the same on both sides.
+# bf16 products: the router's and MLA's absorbed ones, neither of which is quantized.
 PARTS = (EXPERTS, LM_HEAD, ATTENTION, SAMPLING, BF16, REST)
 _NAMES = (
     (

@@ -35,8 +35,9 @@ def take(prefix: str) -> warmup.Operator | None:
     least = _least_rows(gate)
 
     def forward(x: torch.Tensor) -> Any:
-        few = len(x) >= least and backend.gate_refusal(x, gate.weight) is None
-        if not few or not _on_gpu(gate.weight) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or len(x) < least or not _on_gpu(gate.weight):
+            return original(x)
+        if backend.gate_refusal(x, gate.weight) is not None:
             return original(x)
         return replay.run(backend.gate, x, gate.weight, logits_dtype(gate, len(x))), None
 

@@ -8,7 +8,7 @@ The operators it has take what `reference` and `portable` take; what its kernels
 from .batched import bmm, bmm_plan, bmm_refusal, bmm_shape_fits
 from .experts import batched_experts, experts, experts_plan
 from .experts import refusal as experts_refusal
-from .gate import gate, gate_plan, gate_refusal
+from .gate import gate, gate_refusal
 from .products import (
     GEMM_SCALE_LAYOUT,
     describe,
@@ -33,7 +33,6 @@ __all__ = [
     "experts_plan",
     "experts_refusal",
     "gate",
-    "gate_plan",
     "gate_refusal",
     "gemm",
     "latent_linear",

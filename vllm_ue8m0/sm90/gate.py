@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..kernels import decode_bmm, sum_parts
-from ..kernels.hopper_config import MAX_DECODE_ROWS, tokens
+from ..kernels.hopper_config import MAX_DECODE_ROWS
 from .batched import DTYPES
 
 # Of K. A norm and this, us on an H200 (2026-11-30; E 256, K 7168, cold weights) with parts of 128,
@@ -32,11 +32,6 @@ def gate(x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(M, E, dtype=dtype, device=x.device)
     sum_parts.launch(parts, out)
     return out
-
-
-def gate_plan(M: int) -> int:
-    """Configuration for M rows."""
-    return tokens(M)
 
 
 def gate_refusal(x: torch.Tensor, w: torch.Tensor) -> str | None:
