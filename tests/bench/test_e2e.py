@@ -1,6 +1,7 @@
 """`bench e2e` around its processes, which are made up: what they are asked, and what is kept."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def started(monkeypatch):
     """(job, environment) of every process; each measures what it is asked."""
     started = []
 
-    def relay(command, env, say):
+    def relay(command, env, phases):
         job = json.loads(Path(command[-1]).read_text())
         started.append((job, env))
         side = "ours" if job["engine"]["quantization"] == "ue8m0" else "vllm_fp8"
@@ -36,7 +37,8 @@ def started(monkeypatch):
         Path(job["out"]).write_text(json.dumps(result))
         for cache in filter(None, [env.get("TRITON_CACHE_DIR")]):
             Path(cache, "kernel").touch()
-        return 0, {"graph capture": 3.0}
+        phases["graph capture"] = 3.0
+        return 0
 
     def serve(engine, vocabulary, env, tokens, loads):
         served.append((engine, vocabulary, env, tokens, loads))
@@ -144,6 +146,32 @@ def test_sides_may_be_measured_at_the_same_time(started, monkeypatch, tmp_path):
     assert list(record.peers_us) == ["vllm_fp8"]
 
 
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt, SystemExit])
+def test_what_a_stopped_call_has_measured_is_kept(started, monkeypatch, tmp_path, stopped):
+    out, relay = tmp_path / "e2e.jsonl", e2e._relay
+    call = ["bench", "e2e", "--out", str(out), "--side", "ours", "--batch", "1", "16", "--only"]
+
+    def leave(*arguments):
+        relay(*arguments)
+        job, _ = started[-1]
+        result = json.loads(Path(job["out"]).read_text())
+        del result["decode"]["16"]
+        Path(job["out"]).write_text(json.dumps(result))
+        raise stopped
+
+    monkeypatch.setattr(e2e, "_relay", leave)
+    with suppress(SystemExit):
+        assert main([*call, "start_cold", "decode_step"]) == 130
+    monkeypatch.setattr(e2e, "_relay", relay)
+    assert main([*call, "prefill"]) == 0
+    found = {(r.bench, r.M) for r in records.read(out)}
+    assert found == {
+        ("start_cold", None), ("prefill", 16384), ("decode_step", 1), ("decode_part", 1)
+    }  # fmt: skip
+    (cold,) = (r for r in records.read(out) if r.bench == "start_cold")
+    assert cold.ours_us == 100e6
+
+
 def test_serve_alone(started, tmp_path, capsys):
     """It starts a server and nothing else; rates may be divided over calls."""
     out = tmp_path / "e2e.jsonl"
@@ -203,10 +231,10 @@ def test_a_peer_that_compiles_while_it_serves(started, monkeypatch, capsys, valu
 
 
 def test_a_start_that_fails(started, monkeypatch, capsys):
-    def relay(command, env, say):
+    def relay(command, env, phases):
         job = json.loads(Path(command[-1]).read_text())
         Path(job["error"]).write_text("ValueError: too many layers")
-        return 1, {}
+        return 1
 
     monkeypatch.setattr(e2e, "_relay", relay)
     assert main(["bench", "e2e"]) == 1
@@ -238,8 +266,9 @@ def test_phases_are_read_from_logs(capfd):
     import sys
 
     command = [sys.executable, "-c", f"print({chr(10).join(lines)!r})"]
-    status, phases = e2e._relay(command, dict(os.environ), print)
-    assert status == 0 and list(phases.values()) == [33.125, 21.5, 27.25, 12.0, 60.0]
+    phases = {}
+    assert e2e._relay(command, dict(os.environ), phases) == 0
+    assert list(phases.values()) == [33.125, 21.5, 27.25, 12.0, 60.0]
     assert capfd.readouterr().err.splitlines() == lines
 
 

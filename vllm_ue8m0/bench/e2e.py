@@ -166,14 +166,14 @@ def _side(
         for start in starts:
             others = wanted if start == starts[-1] else ()
             say(f"{side}: {' and '.join(filter(None, (start, *_names(others))))}")
-            result = _run(setup, side, others, where if own else None, Path(folder), say)
-            every = {k: v for k, v in result.items() if k not in ("decode", "prefill")}
-            found = {start: every} if start else {}
-            if "prefill" in result:
-                found["prefill"] = every | result["prefill"]
-            for batch, one in result.get("decode", {}).items():
-                found[f"decode_step {batch}"] = every | one
-            yield found
+            for result in _run(setup, side, others, where if own else None, Path(folder), say):
+                every = {k: v for k, v in result.items() if k not in ("decode", "prefill")}
+                found = {start: every} if start else {}
+                if "prefill" in result:
+                    found["prefill"] = every | result["prefill"]
+                for batch, one in result.get("decode", {}).items():
+                    found[f"decode_step {batch}"] = every | one
+                yield found
         if "serve" in wanted:
             say(f"{side}: serve, {', '.join(f'{rate:g}' for rate in setup.rates)} requests/s")
             yield from _serve(setup, side, where if own else None, Path(folder))
@@ -207,8 +207,11 @@ def _model(setup: Setup, folder: Path) -> Path:
 
 def _run(
     setup: Setup, side: str, wanted: Sequence[str], caches: Path | None, folder: Path, say: Say
-) -> dict[str, Any]:
-    """One process; what it measured, with the phases of its start."""
+) -> Iterator[dict[str, Any]]:
+    """One process; what it measured, with the phases of its start.
+
+    Also what it had measured when this one was stopped (Ctrl+C, SIGTERM), before that goes on.
+    """
     model = _model(setup, folder)
     out, error, job_file = (folder / name for name in ("out.json", "error", "job.json"))
     out.unlink(missing_ok=True)
@@ -225,7 +228,13 @@ def _run(
     }
     job_file.write_text(json.dumps(job))
     command = [sys.executable, "-m", f"{__package__}.e2e_engine", str(job_file)]
-    status, phases = _relay(command, _environment(setup, caches), say)
+    phases: dict[str, float] = {}
+    try:
+        status = _relay(command, _environment(setup, caches), phases)
+    except BaseException:
+        if out.exists():
+            yield json.loads(out.read_text()) | {"phases": phases}
+        raise
     if not out.exists():
         reason = error.read_text() if error.exists() else f"it ended with status {status}"
         raise BenchError(f"{side}: vLLM did not start: {reason}; see above")
@@ -233,7 +242,7 @@ def _run(
     missing = [bench for bench in _names(wanted) if bench.partition("_")[0] not in result]
     if missing:
         say(f"{side}: no result of {', '.join(missing)}: the process ended with status {status}")
-    return {**result, "phases": phases}
+    yield {**result, "phases": phases}
 
 
 def _environment(setup: Setup, caches: Path | None) -> dict[str, str]:
@@ -250,9 +259,8 @@ def _environment(setup: Setup, caches: Path | None) -> dict[str, str]:
     return env
 
 
-def _relay(command: Sequence[str], env: dict[str, str], say: Say) -> tuple[int, dict[str, float]]:
-    """Run, repeat what it prints on stderr; exit status and seconds of the phases it logs."""
-    phases: dict[str, float] = {}
+def _relay(command: Sequence[str], env: dict[str, str], phases: dict[str, float]) -> int:
+    """Run, repeat what it prints on stderr; exit status. Into `phases` seconds that it logs."""
     with started(
         command, env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:
@@ -264,4 +272,4 @@ def _relay(command: Sequence[str], env: dict[str, str], say: Say) -> tuple[int, 
                 match = re.search(pattern, line)
                 if match:
                     phases[name] = max(phases.get(name, 0.0), float(match[1]))
-        return process.wait(), phases
+        return process.wait()
