@@ -11,7 +11,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.utils import replace_parameter
 
 from vllm_ue8m0 import warmup
-from vllm_ue8m0.plugin import absorbed
+from vllm_ue8m0.plugin import absorbed, foreign
 
 H, P, R, L, V = 4, 128, 64, 512, 128
 PREFIX = "model.layers.2.self_attn"
@@ -40,10 +40,10 @@ def layer(monkeypatch):
         torch.bmm(x, w, out=out)
 
     backend = SimpleNamespace(bmm=bmm, bmm_plan=int, bmm_shape_fits=lambda N, K: K % 128 == 0)
-    monkeypatch.setattr(absorbed, "_backend", lambda: backend)
+    monkeypatch.setattr(foreign, "backend", lambda: backend)
     monkeypatch.setattr(warmup, "_compiling", lambda *arguments: backend)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(absorbed, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(foreign, "on_gpu", lambda tensor: True)
     config = VllmConfig()
     config.compilation_config.static_forward_context[f"{PREFIX}.attn"] = attention
     with set_current_vllm_config(config):
@@ -109,7 +109,7 @@ def test_left_to_vllm(layer, reason, monkeypatch):
     if reason == "another layer":
         prefix = "model.layers.3.self_attn"
     if reason == "no kernel":
-        monkeypatch.setattr(absorbed, "_backend", SimpleNamespace)
+        monkeypatch.setattr(foreign, "backend", SimpleNamespace)
     if reason == "no MLA":
         monkeypatch.delattr(Attention, "kv_lora_rank")
     if reason == "shape":

@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from vllm_ue8m0 import warmup
-from vllm_ue8m0.plugin import gate
+from vllm_ue8m0.plugin import foreign, gate
 
 E, K = 64, 256
 PREFIX = "model.layers.3.mlp.experts"
@@ -41,8 +41,8 @@ def layer(request, monkeypatch):
         return None if 0 < len(x) <= 64 and w.dtype == torch.bfloat16 else "refused"
 
     backend = SimpleNamespace(gate=product, gate_refusal=refusal, bmm_plan=int)
-    monkeypatch.setattr(gate, "_backend", lambda: backend)
-    monkeypatch.setattr(gate, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(foreign, "backend", lambda: backend)
+    monkeypatch.setattr(foreign, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(warmup, "_compiling", lambda *arguments: backend)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = VllmConfig()
@@ -115,7 +115,7 @@ def test_not_where_a_graph_is_traced(layer, monkeypatch):
 
 
 REASONS = ["batch-invariant", "another layer", "no kernel", "dtype", "no gate", "another class"]
-REASONS += ["not on a GPU"]
+REASONS += ["not on a GPU", "without GPUs"]
 
 
 @pytest.mark.parametrize("reason", REASONS)
@@ -126,11 +126,13 @@ def test_left_to_vllm(layer, reason, monkeypatch):
     if reason == "another layer":
         prefix = "model.layers.4.mlp.experts"
     if reason == "no kernel":
-        monkeypatch.setattr(gate, "_backend", SimpleNamespace)
+        monkeypatch.setattr(foreign, "backend", SimpleNamespace)
     if reason == "dtype":
         layer.gate.weight.data = layer.gate.weight.data.float()
     if reason == "not on a GPU":
-        monkeypatch.setattr(gate, "_on_gpu", lambda tensor: False)
+        monkeypatch.setattr(foreign, "on_gpu", lambda tensor: False)
+    if reason == "without GPUs":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if reason == "no gate":
         layer.runner.gate = None
     if reason == "another class":

@@ -5,8 +5,6 @@ attention op, between kernels that are this project's. cuBLAS's kernel neither s
 kernel in front of it has ended nor has its weights on their way by then. vLLM takes both weights
 from kv_b_proj after it is loaded. Here they are laid out for the kernel then, and are a class of
 parameter that torch.bmm asks first; everything else finds a parameter.
-
-Not in batch-invariant runs, where more rows would be another kernel's.
 """
 
 from __future__ import annotations
@@ -15,10 +13,9 @@ from typing import Any
 
 import torch
 
-from .. import dispatch, warmup
+from .. import warmup
 from ..kernels import replay
-from ..kernels.config import batch_invariant
-from . import compat
+from . import foreign
 
 NAMES = ("W_UK_T", "W_UV")  # [H, P, L] and [H, L, V]
 
@@ -34,7 +31,7 @@ class AbsorbedWeight(torch.nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             if func is torch.bmm and len(args) == 2 and kwargs.keys() == {"out"}:
                 x, w = args
-                replay.run(_backend().bmm, x, w.as_subclass(torch.Tensor), kwargs["out"])
+                replay.run(foreign.backend().bmm, x, w.as_subclass(torch.Tensor), kwargs["out"])
                 return kwargs["out"]
             return func(*args, **kwargs)
 
@@ -42,11 +39,7 @@ class AbsorbedWeight(torch.nn.Parameter):
 def take(prefix: str, dtype: torch.dtype) -> warmup.Operator | None:
     """Of the MLA layer whose kv_b_proj `prefix` is being loaded, in the model that is being built;
     what there is to warm up for it, or None."""
-    config = compat.current_config()
-    if config is None or batch_invariant() or not torch.cuda.is_available():
-        return None
-    layers, backend = config.compilation_config.static_forward_context, _backend()
-    attention = layers.get(prefix.rpartition(".")[0] + ".attn")
+    attention, backend = foreign.layer_and_backend(prefix.rpartition(".")[0] + ".attn")
     if not hasattr(attention, "kv_lora_rank") or not hasattr(backend, "bmm"):
         return None  # VLLM_MLA_DISABLE=1: attention of keys and values as others'
     if "process_weights_after_loading" in vars(attention):
@@ -69,7 +62,7 @@ def take(prefix: str, dtype: torch.dtype) -> warmup.Operator | None:
 def _lay_out(attention: Any, name: str, laid_out: dict[str, torch.Tensor]) -> None:
     """In the same memory after every load: CUDA graphs hold its address."""
     given = getattr(attention, name, None)
-    if not isinstance(given, torch.Tensor) or not _on_gpu(given):
+    if not isinstance(given, torch.Tensor) or not foreign.on_gpu(given):
         return
     rows = given.detach().as_subclass(torch.Tensor).transpose(1, 2)
     if name not in laid_out:
@@ -78,11 +71,3 @@ def _lay_out(attention: Any, name: str, laid_out: dict[str, torch.Tensor]) -> No
     if kept.data_ptr() != rows.data_ptr():
         kept.copy_(rows)
     setattr(attention, name, AbsorbedWeight(kept.transpose(1, 2), requires_grad=False))
-
-
-def _on_gpu(w: torch.Tensor) -> bool:
-    return w.is_cuda
-
-
-def _backend() -> Any:
-    return dispatch.choose("linear", "cuda").load()

@@ -3,7 +3,7 @@
 vLLM multiplies by it inside its op of a layer of experts, between the norm and what chooses and
 sorts tokens, and nothing but shared experts runs beside that: docs/design.md has the figures. Where
 vLLM has a kernel of its own for so few tokens as are left to it here, that is as fast, or was not
-measured. Not in batch-invariant runs, where more rows would be another kernel's.
+measured.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from typing import Any
 
 import torch
 
-from .. import dispatch, warmup
+from .. import warmup
 from ..kernels import replay
-from ..kernels.config import batch_invariant
-from . import compat
+from . import foreign
 
 
 def take(prefix: str) -> warmup.Operator | None:
     """Of the layer of experts `prefix`, in the model that is being built; what there is to warm up
     for it, or None where its gate stays vLLM's."""
-    config = compat.current_config()
-    if config is None or batch_invariant() or not torch.cuda.is_available():
-        return None
-    layer, backend = config.compilation_config.static_forward_context.get(prefix), _backend()
+    layer, backend = foreign.layer_and_backend(prefix)
     gate: Any = getattr(layer, "gate", None)
     if type(gate).__name__ != "GateLinear" or not hasattr(backend, "gate"):
         return None
     w, original = gate.weight, gate.forward
-    if "forward" in vars(gate) or not _on_gpu(w) or backend.gate_refusal(w[:1], w) is not None:
+    if (
+        "forward" in vars(gate)
+        or not foreign.on_gpu(w)
+        or backend.gate_refusal(w[:1], w) is not None
+    ):
         return None  # a reload, a weight that is elsewhere, no such kernel
     least = _least_rows(gate)
 
     def forward(x: torch.Tensor) -> Any:
-        if torch.compiler.is_compiling() or len(x) < least or not _on_gpu(gate.weight):
+        if torch.compiler.is_compiling() or len(x) < least or not foreign.on_gpu(gate.weight):
             return original(x)
         if backend.gate_refusal(x, gate.weight) is not None:
             return original(x)
@@ -62,11 +62,3 @@ def logits_dtype(gate: Any, rows: int) -> torch.dtype:
     own = torch.float32 if rows <= _own_rows(gate) else gate.weight.dtype
     dtype: torch.dtype = gate.out_dtype or own
     return dtype
-
-
-def _on_gpu(w: torch.Tensor) -> bool:
-    return w.is_cuda
-
-
-def _backend() -> Any:
-    return dispatch.choose("linear", "cuda").load()
