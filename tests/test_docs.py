@@ -1,6 +1,7 @@
 """Every command line in README.md and docs/ is one: parsed by the program that it is for.
 
-And what README says of messages and environment variables is what the source has.
+Every link within the project leads somewhere, and what README says of messages and environment
+variables is what the source has.
 """
 
 import ast
@@ -93,6 +94,31 @@ def test_lm_eval(page, words):
 def test_a_wrong_line_would_be_seen():
     with pytest.raises(SystemExit):
         parse(["convert", "SRC", "--to", "fp8"])
+
+
+def anchors(page):
+    """As GitHub names headings: lower case, hyphens for spaces, no other signs."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links():
+    for page in PAGES:
+        prose = INLINE.sub("", page.read_text(encoding="utf-8"))
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+            if not target.startswith("http"):
+                yield page, target
+
+
+def test_links_lead_somewhere():
+    found = list(links())
+    assert len(found) > 20
+    for page, target in found:
+        path, _, anchor = target.partition("#")
+        there = page.parent / path if path else page
+        assert there.exists(), (page.name, target)
+        if anchor:
+            assert anchor in anchors(there), (page.name, target)
 
 
 # What vLLM, torch and Python say.
